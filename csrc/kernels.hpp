@@ -1,0 +1,83 @@
+// The whole native surface on one page. Plain buffers in, plain buffers out: nothing here owns memory or knows a model,
+// a tokenizer or a file. Every function is thread-parallel over `pool` and releases no locks of its own.
+//
+// Each kernel source is compiled once per instruction set inside `namespace puna::PUNA_ISA`; `dispatch.cpp` picks one set of
+// function pointers (struct Kernels) at load. All activations are row-major float32. K inner size, N output rows, T tokens.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "threadpool.hpp"
+
+namespace puna {
+
+// One output of a linear layer. `packed` is in the panel layout of panel.hpp. `bias` and `residual` may be null.
+struct LinearTarget {
+  int type;                // ggml type number of the source weight
+  int64_t rows;            // N
+  const uint8_t* packed;
+  const float* bias;       // [N]
+  const float* residual;   // [T, N]
+  float* out;              // [T, N]
+};
+
+// Paged attention over one layer of the cache; see attention.cpp for the cache layout.
+struct AttendArgs {
+  const float* q;              // [T, heads * head_dim]
+  const float* k;              // [T, kv_heads * head_dim]
+  const float* v;              // [T, kv_heads * head_dim]
+  float* out;                  // [T, heads * head_dim]
+  uint16_t* k_cache;           // this layer's keys, float16
+  uint16_t* v_cache;           // this layer's values, float16
+  int64_t num_blocks, block_size;
+  int heads, kv_heads, head_dim;
+  const int32_t* positions;    // [T]
+  const int32_t* slots;        // [T]
+  const int32_t* seq_starts;   // [S + 1]
+  const int32_t* block_tables; // [S, max_blocks]
+  const int32_t* context_lens; // [S]
+  int64_t tokens, sequences, max_blocks;
+};
+
+// One row to sample; fields as in puna.ops.protocol.SamplingRow.
+struct SampleRow {
+  float temperature, top_p, min_p, typical_p, repeat_penalty, presence_penalty, frequency_penalty;
+  int32_t top_k, top_logprobs;
+  const int32_t* history;
+  int64_t history_length;
+  const int32_t* bias_ids;
+  const float* bias_values;
+  int64_t bias_length;
+  const uint32_t* allowed;  // null: all
+  double uniform;
+  int32_t* token;           // out
+  float* logprob;           // out
+  int32_t* top_ids;         // out [top_logprobs]
+  float* top_values;        // out [top_logprobs]
+};
+
+struct Kernels {
+  const char* name;
+  // linear.cpp
+  void (*pack)(ThreadPool& pool, int type, int64_t rows, int64_t columns, const uint8_t* source, uint8_t* packed);
+  void (*linears)(ThreadPool& pool, const float* x, int64_t tokens, int64_t columns, const LinearTarget* targets, int count);
+  // decode.cpp: encoded rows -> float32 (embedding lookup, fallbacks)
+  void (*decode_rows)(ThreadPool& pool, int type, int64_t columns, const uint8_t* source, const int32_t* index, int64_t count,
+                      float* out);
+  // elementwise.cpp
+  void (*rms_norm)(ThreadPool& pool, const float* x, const float* weight, float eps, int64_t tokens, int64_t columns, float* out);
+  void (*rope)(ThreadPool& pool, float* x, const float* cosines, const float* sines, int64_t tokens, int heads, int head_dim);
+  void (*swiglu)(ThreadPool& pool, const float* gate, const float* up, int64_t tokens, int64_t columns, float* out);
+  // attention.cpp
+  void (*attend)(ThreadPool& pool, const AttendArgs& args);
+  // sampling.cpp
+  void (*sample)(ThreadPool& pool, const float* logits, int64_t vocabulary, const SampleRow* rows, int64_t count);
+};
+
+// The table for a name ("portable", "avx2", "avx512", "neon"), or the best this CPU has when name is null; null if it can't run here.
+const Kernels* find_kernels(const char* name);
+// Bytes of the packed form of a [rows, columns] weight; 0 when the type has no packed form.
+int64_t packed_bytes(int type, int64_t rows, int64_t columns);
+
+}  // namespace puna

@@ -1,0 +1,56 @@
+"""A weight: named numbers in some encoding, usually a view into a memory-mapped file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puna.errors import CheckpointError
+from puna.tensor.types import QuantType, quant_type
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a model, still encoded.
+
+    ``shape`` is in numbers, outermost first: a linear layer is ``(rows = outputs, columns = inputs)``, a norm ``(n,)``.
+    ``data`` is uint8 of shape ``(*shape[:-1], type.row_bytes(shape[-1]))``, C-contiguous, read-only when mapped.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: QuantType
+    data: NDArray[np.uint8]
+
+    def __post_init__(self) -> None:
+        expected = (*self.shape[:-1], self.type.row_bytes(self.shape[-1]))
+        if self.data.dtype != np.uint8 or self.data.shape != expected:
+            raise CheckpointError(
+                f"{self.name}: {self.type.name} of shape {self.shape} needs uint8 data of shape {expected}, "
+                f"found {self.data.dtype} {self.data.shape}"
+            )
+
+    @classmethod
+    def from_array(cls, name: str, values: NDArray, type_name: str = "F32") -> Weight:
+        """Encode a float array. Raises CheckpointError when the type has no encoder or the row length does not fit."""
+        kind = quant_type(type_name)
+        return cls(name, tuple(values.shape), kind, kind.encode(np.asarray(values, dtype=np.float32)))
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The numbers as float32 of ``shape``."""
+        return self.type.decode(self.data).reshape(self.shape)
+
+    def take_rows(self, index: slice | Sequence[int] | NDArray[np.integer]) -> Weight:
+        """Some rows (first axis), still encoded: no precision is lost and only those rows are read."""
+        data = self.data[index]
+        return replace(self, shape=(data.shape[0], *self.shape[1:]), data=data)
+
+    def rename(self, name: str) -> Weight:
+        return replace(self, name=name)
