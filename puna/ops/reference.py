@@ -1,0 +1,111 @@
+"""The ops in plain numpy float32: the executable specification that every other implementation is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puna.config import ModelConfig
+from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow
+from puna.ops.reference_sampling import sample_rows
+from puna.tensor import Weight
+
+Floats = NDArray[np.float32]
+Angles = tuple[Floats, Floats]
+
+
+@dataclass
+class ReferenceKVCache:
+    """Keys and values as float32[layers, slots, kv heads, head_dim]."""
+
+    num_blocks: int
+    block_size: int
+    keys: Floats
+    values: Floats
+
+
+class ReferenceOps:
+    """Clear rather than fast; every weight is expanded to float32 when it is uploaded."""
+
+    name = "reference"
+
+    def weight(self, weight: Weight) -> Floats:
+        return weight.dequantize()
+
+    def new_kv(self, config: ModelConfig, num_blocks: int, block_size: int) -> ReferenceKVCache:
+        shape = (
+            config.num_hidden_layers,
+            num_blocks * block_size,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        return ReferenceKVCache(num_blocks, block_size, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+
+    def kv_bytes_per_token(self, config: ModelConfig) -> int:
+        return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+    def embed(self, table: Floats, tokens: NDArray[np.int32]) -> Floats:
+        return table[tokens]
+
+    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+        variance = np.mean(np.square(x), axis=-1, keepdims=True)
+        return x / np.sqrt(variance + np.float32(eps)) * weight
+
+    def linear(self, x: Floats, w: Floats, bias: Floats | None = None, residual: Floats | None = None) -> Floats:
+        y: Floats = x @ w.T
+        if bias is not None:
+            y += bias
+        if residual is not None:
+            y += residual
+        return y
+
+    def linears(
+        self, x: Floats, weights: Sequence[Floats], biases: Sequence[Floats | None] | None = None
+    ) -> list[Floats]:
+        return [self.linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
+
+    def rope_angles(self, positions: NDArray[np.int32], inverse_frequencies: Floats, scale: float) -> Angles:
+        angles = positions[:, None].astype(np.float32) * inverse_frequencies
+        return np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
+
+    def rope(self, x: Floats, angles: Angles) -> Floats:
+        cosines, sines = (a[:, None, :] for a in angles)
+        heads = x.reshape(len(x), -1, 2, cosines.shape[-1])
+        first, second = heads[:, :, 0], heads[:, :, 1]
+        rotated = np.stack([first * cosines - second * sines, second * cosines + first * sines], axis=2)
+        return rotated.reshape(x.shape)
+
+    def attend(self, q: Floats, k: Floats, v: Floats, kv: KVCache, layer: int, batch: Batch) -> Floats:
+        assert isinstance(kv, ReferenceKVCache)
+        keys, values = kv.keys[layer], kv.values[layer]
+        groups, head_dim = keys.shape[1:]
+        keys[batch.slots] = k.reshape(-1, groups, head_dim)
+        values[batch.slots] = v.reshape(-1, groups, head_dim)
+        out = np.empty_like(q)
+        for s, (start, end) in enumerate(zip(batch.seq_starts, batch.seq_starts[1:], strict=False)):
+            context = np.arange(batch.context_lens[s])
+            slots = batch.block_tables[s, context // kv.block_size] * kv.block_size + context % kv.block_size
+            visible = context <= batch.positions[start:end, None]
+            queries = q[start:end].reshape(end - start, groups, -1, head_dim)
+            scores = np.einsum("tghd,cgd->ghtc", queries, keys[slots]) / np.float32(np.sqrt(head_dim))
+            scores = np.where(visible, scores, -np.inf)
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            weights /= weights.sum(axis=-1, keepdims=True)
+            out[start:end] = np.einsum("ghtc,cgd->tghd", weights, values[slots]).reshape(end - start, -1)
+        return out
+
+    def swiglu(self, gate: Floats, up: Floats) -> Floats:
+        with np.errstate(over="ignore"):  # exp(-gate) past the range gives silu = -0, as it should
+            return gate / (1 + np.exp(-gate)) * up
+
+    def rows(self, x: Floats, index: NDArray[np.int32]) -> Floats:
+        return x[index]
+
+    def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> list[Sampled]:
+        return sample_rows(logits, rows)
+
+    def to_host(self, x: Floats) -> Floats:
+        return x
