@@ -1,8 +1,16 @@
 // The whole native surface on one page. Plain buffers in, plain buffers out: nothing here owns memory or knows a model,
 // a tokenizer or a file. Every function is thread-parallel over `pool` and releases no locks of its own.
 //
-// Each kernel source is compiled once per instruction set inside `namespace puna::PUNA_ISA`; `dispatch.cpp` picks one set of
-// function pointers (struct Kernels) at load. All activations are row-major float32. K inner size, N output rows, T tokens.
+// Each kernel source is compiled once per instruction set (the flags are in CMakeLists.txt) and defines its kernels inside
+// `namespace puna::PUNA_ISA`; isa_table.cpp gathers them and dispatch.cpp picks one table at load. All activations are
+// row-major float32. K inner size, N output rows, T tokens.
+//
+// Rules for kernel sources (those compiled per instruction set):
+// - Everything they define, and every header they share, lives in `namespace puna::PUNA_ISA`. An inline function or template
+//   outside it, std:: containers and algorithms included, may be merged by the linker with a copy built for another CPU.
+// - Ask `__AVX512F__`, `__AVX2__` for the instruction set. Floats are contracted nowhere: write fma where you want one.
+// - A result never depends on the batch around it, nor on the number of threads: fixed order of float operations.
+// - Parallel loops: pool.run(count, grain, [&](int64_t begin, int64_t end, int thread) { … }); see threadpool.hpp.
 #pragma once
 
 #include <cstddef>
@@ -74,6 +82,10 @@ struct Kernels {
   // sampling.cpp
   void (*sample)(ThreadPool& pool, const float* logits, int64_t vocabulary, const SampleRow* rows, int64_t count);
 };
+
+// Every kernel of the table, in its order.
+#define PUNA_KERNEL_NAMES(X) \
+  X(pack) X(linears) X(decode_rows) X(rms_norm) X(rope) X(swiglu) X(attend) X(sample)
 
 // The table for a name ("portable", "avx2", "avx512", "neon"), or the best this CPU has when name is null; null if it can't run here.
 const Kernels* find_kernels(const char* name);

@@ -122,8 +122,12 @@ class ModelConfig:
         heads = _whole(raw, "num_attention_heads")
         hidden = _whole(raw, "hidden_size")
         # transformers 5 moved both rope fields into one dictionary.
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"rope_scaling must be an object, found {rope!r}")
+        partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+        if partial not in (None, 1):
+            raise ConfigError(f"partial_rotary_factor {partial!r} is not supported; Llama models rotate whole heads")
         context = _whole(raw, "max_position_embeddings", 2048)
         return cls(
             vocab_size=_whole(raw, "vocab_size"),
@@ -135,11 +139,11 @@ class ModelConfig:
             head_dim=_whole(raw, "head_dim", _divide(hidden, heads)),
             max_position_embeddings=context,
             rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-            rope_theta=_number({"rope_theta": theta}, "rope_theta"),
+            rope_theta=_number(rope, "rope_theta", _number(raw, "rope_theta", 10000.0)),
             rope_scaling=_rope_from_hf(rope, context),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+            attention_bias=_flag(raw, "attention_bias"),
+            mlp_bias=_flag(raw, "mlp_bias"),
             bos_token_id=_optional_id(raw.get("bos_token_id")),
             eos_token_ids=_ids(raw.get("eos_token_id")),
             pad_token_id=_optional_id(raw.get("pad_token_id")),
@@ -182,9 +186,9 @@ class ModelConfig:
         mlp_bias: bool = False,
         rope_factors: tuple[float, ...] = (),
     ) -> ModelConfig:
-        """From GGUF metadata. What GGUF tells only by the presence of a tensor (tying, biases, rope factors) is passed in.
+        """From GGUF metadata. Raises ConfigError naming the key.
 
-        Raises ConfigError naming the key.
+        What GGUF tells only by the presence of a tensor (tying, biases, rope factors) is passed in.
         """
         architecture = metadata.get("general.architecture")
         if architecture != "llama":
@@ -221,7 +225,11 @@ class ModelConfig:
             eos_token_ids=tuple(
                 dict.fromkeys(
                     metadata[key]
-                    for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+                    for key in (
+                        "tokenizer.ggml.eos_token_id",
+                        "tokenizer.ggml.eot_token_id",
+                        "tokenizer.ggml.eom_token_id",
+                    )
                     if metadata.get(key) is not None
                 )
             ),
@@ -266,20 +274,21 @@ class ModelConfig:
 
     @classmethod
     def from_meta(cls, params: Mapping[str, Any], *, vocab_size: int, intermediate_size: int) -> ModelConfig:
-        """From Meta's ``params.json``. The two sizes come from the tensors, which are right where params.json is silent.
+        """From Meta's ``params.json``. Raises ConfigError naming the key.
 
-        ``params.json`` does not state the context length; it follows from the release the other fields identify.
+        The two sizes come from the tensors, which are right where ``params.json`` is silent. The context length is not
+        in it either; it follows from the release that the other fields identify.
         """
         heads = _whole(params, "n_heads")
         hidden = _whole(params, "dim")
         theta = _number(params, "rope_theta", 10000.0)
         eps = _number(params, "norm_eps", 1e-5)
+        kv_heads = _whole(params, "n_kv_heads", heads)
         scaling = None
-        if params.get("use_scaled_rope"):
-            # Meta's code fixes every number but the factor; 1B and 3B were released with 32, larger models with 8.
-            factor = 32.0 if hidden < 4096 else 8.0
+        if _flag(params, "use_scaled_rope"):
+            factor = _number(params, "rope_scaling_factor", _meta_rope_factor(hidden))
             scaling = RopeScaling("llama3", factor=factor, original_max_position_embeddings=8192)
-        context = 131072 if scaling else {500000.0: 8192, 1000000.0: 16384}.get(theta, 2048 if eps < 1e-5 else 4096)
+        context = _meta_context(hidden, heads, kv_heads, eps, theta, scaling)
         llama3 = vocab_size > 100000
         return cls(
             vocab_size=vocab_size,
@@ -287,9 +296,9 @@ class ModelConfig:
             intermediate_size=intermediate_size,
             num_hidden_layers=_whole(params, "n_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=_whole(params, "n_kv_heads", heads),
+            num_key_value_heads=kv_heads,
             head_dim=_whole(params, "head_dim", _divide(hidden, heads)),
-            max_position_embeddings=_whole(params, "max_seq_len", context),
+            max_position_embeddings=_whole(params, "max_position_embeddings", context),
             rms_norm_eps=eps,
             rope_theta=theta,
             rope_scaling=scaling,
@@ -299,27 +308,50 @@ class ModelConfig:
         )
 
     def to_meta(self) -> dict[str, Any]:
-        """The contents of a ``params.json``. Raises ConfigError for what Meta's format cannot express."""
+        """The contents of a ``params.json``. Raises ConfigError for what Meta's format cannot express.
+
+        Meta's code refuses unknown keys in some versions, so what it would assume anyway is left out. Token ids are not
+        part of the format.
+        """
         if self.attention_bias or self.mlp_bias:
             raise ConfigError("biases cannot be written to Meta's format; write safetensors or GGUF instead")
         scaling = self.rope_scaling
-        if scaling is not None and scaling.rope_type != "llama3":
-            raise ConfigError(f"rope_scaling of type {scaling.rope_type} cannot be written to Meta's format")
+        if scaling is not None and scaling != RopeScaling(
+            "llama3", factor=scaling.factor, original_max_position_embeddings=8192
+        ):
+            raise ConfigError(
+                f"rope_scaling of type {scaling.rope_type} cannot be written to Meta's format, which knows only "
+                "that of Llama 3.1 (type llama3, original context 8192, frequency factors 1 and 4); write safetensors or GGUF"
+            )
+        # Meta's code derives the inner size: int(multiplier * int(8 / 3 * dim)), rounded up to a multiple of
+        # multiple_of.
         params: dict[str, Any] = {
             "dim": self.hidden_size,
             "n_layers": self.num_hidden_layers,
             "n_heads": self.num_attention_heads,
             "n_kv_heads": self.num_key_value_heads,
             "vocab_size": self.vocab_size,
+            "multiple_of": self.intermediate_size,
+            "ffn_dim_multiplier": self.intermediate_size / (8 * self.hidden_size // 3),
             "norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "multiple_of": 256,
-            "max_seq_len": self.max_position_embeddings,
         }
+        if self.rope_theta != 10000.0:
+            params["rope_theta"] = self.rope_theta
         if self.head_dim * self.num_attention_heads != self.hidden_size:
             params["head_dim"] = self.head_dim
         if scaling is not None:
             params["use_scaled_rope"] = True
+            if scaling.factor != _meta_rope_factor(self.hidden_size):
+                params["rope_scaling_factor"] = scaling.factor
+        if self.max_position_embeddings != _meta_context(
+            self.hidden_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.rms_norm_eps,
+            self.rope_theta,
+            scaling,
+        ):
+            params["max_position_embeddings"] = self.max_position_embeddings
         return params
 
 
@@ -355,6 +387,24 @@ def _recognise_factors(factors: tuple[float, ...], config: ModelConfig) -> RopeS
     return RopeScaling("factors", factors=factors)
 
 
+def _meta_rope_factor(hidden_size: int) -> float:
+    """Meta's code fixes every other number of its scaling; 1B and 3B were released with 32, larger models with 8."""
+    return 32.0 if hidden_size < 4096 else 8.0
+
+
+def _meta_context(
+    hidden_size: int, heads: int, kv_heads: int, eps: float, theta: float, scaling: RopeScaling | None
+) -> int:
+    """The context of the release: 3.1 and later, 3, Code Llama, 1 or 2 (Llama 1 65B has 2's eps, but not its GQA)."""
+    if scaling is not None:
+        return 131072
+    if theta == 500000.0:
+        return 8192
+    if theta == 1000000.0:
+        return 16384
+    return 2048 if eps < 1e-5 or (hidden_size == 8192 and kv_heads == heads) else 4096
+
+
 def _rope_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default")) or "default"
     if kind == "default":
@@ -362,13 +412,17 @@ def _rope_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     for unsupported in ("mscale", "mscale_all_dim"):
         if rope.get(unsupported):
             raise ConfigError(f"rope_scaling.{unsupported} is not supported; it belongs to another model family")
-    original = rope.get("original_max_position_embeddings")
-    if kind in ("dynamic", "yarn") and original is None:
-        original = context
+    if rope.get("truncate", True) is not True:
+        raise ConfigError("rope_scaling.truncate = false is not supported; it belongs to another model family")
+    original = None  # linear and dynamic scaling have no use for it
+    if kind == "yarn":
+        original = _whole(rope, "original_max_position_embeddings", context)
+    elif kind == "llama3":
+        original = _whole(rope, "original_max_position_embeddings")
     return RopeScaling(
         rope_type=str(kind),
-        factor=_number(rope, "factor", 1.0),
-        original_max_position_embeddings=int(original) if original else None,
+        factor=_number(rope, "factor", context / original if original and kind == "yarn" else None),
+        original_max_position_embeddings=original,
         low_freq_factor=_number(rope, "low_freq_factor", 1.0),
         high_freq_factor=_number(rope, "high_freq_factor", 4.0),
         attention_factor=None if rope.get("attention_factor") is None else _number(rope, "attention_factor"),
@@ -424,6 +478,13 @@ def _whole(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
     return value
 
 
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{key} must be true or false, found {value!r}")
+    return bool(value)
+
+
 def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = raw.get(key)
     if value is None:
@@ -453,7 +514,7 @@ def _optional_id(value: Any) -> int | None:
 
 
 def _shortest_float32(value: float) -> float:
-    """GGUF stores float32; the shortest decimal that rounds to it is what the author wrote (1e-05, not 9.99999975e-06)."""
+    """GGUF stores float32; the shortest decimal that rounds to it is what was meant (1e-05, not 9.99999975e-06)."""
     packed = struct.pack("<f", value)
     for digits in range(1, 10):
         candidate = float(f"{value:.{digits}g}")

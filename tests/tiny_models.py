@@ -1,4 +1,4 @@
-"""Tiny random models for every test suite: a configuration, its weights under Hugging Face names, and both as a Checkpoint."""
+"""Tiny random models for every test suite: a configuration, its weights under Hugging Face names, and a Checkpoint."""
 
 from __future__ import annotations
 
@@ -47,11 +47,16 @@ VARIANTS: dict[str, ModelConfig] = {
     "rope_theta_500000": tiny_config(rope_theta=500000.0),
     "rope_linear": tiny_config(rope_scaling=RopeScaling("linear", factor=4.0)),
     "rope_dynamic": tiny_config(
-        rope_scaling=RopeScaling("dynamic", factor=4.0, original_max_position_embeddings=32),
+        rope_scaling=RopeScaling("dynamic", factor=4.0),
         max_position_embeddings=32,
     ),
     "rope_llama3": tiny_config(rope_theta=500000.0, rope_scaling=LLAMA3_ROPE),
     "rope_llama3_tied": tiny_config(rope_theta=500000.0, rope_scaling=LLAMA3_ROPE, tie_word_embeddings=True),
+    "rope_llama3_published": tiny_config(
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling("llama3", factor=8.0, original_max_position_embeddings=8192),
+        max_position_embeddings=16384,
+    ),
     "rope_yarn": tiny_config(rope_scaling=YARN_ROPE),
     "rope_yarn_attention_factor": tiny_config(rope_scaling=replace(YARN_ROPE, attention_factor=1.25)),
 }

@@ -13,6 +13,8 @@ from puna.errors import CheckpointError
 
 Codec = Callable[[NDArray], NDArray]
 
+_NUMBERS_AT_ONCE = 1 << 17
+
 
 @dataclass(frozen=True)
 class QuantType:
@@ -42,15 +44,28 @@ class QuantType:
         return columns // self.block_size * self.block_bytes
 
     def decode(self, data: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8[..., row_bytes] -> float32[..., columns]."""
+        """uint8[..., row_bytes] -> float32[..., columns]. Raises CheckpointError when a row is not whole blocks."""
+        if data.shape[-1] % self.block_bytes:
+            raise CheckpointError(
+                f"a row of {data.shape[-1]} bytes cannot be {self.name}, which has {self.block_bytes} bytes a block"
+            )
+        columns = data.shape[-1] // self.block_bytes * self.block_size
         blocks = np.ascontiguousarray(data).reshape(-1, self.block_bytes)
-        return self._codec("decode")(blocks).reshape(*data.shape[:-1], -1)
+        with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale gives NaN, which is what the file says
+            numbers = self._apply(self._codec("decode"), blocks, np.float32, self.block_size)
+        return numbers.reshape(*data.shape[:-1], columns)
 
     def encode(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """float32[..., columns] -> uint8[..., row_bytes]. Raises CheckpointError where no encoder exists."""
+        """float32[..., columns] -> uint8[..., row_bytes].
+
+        Raises CheckpointError where no encoder exists, when the columns are not whole blocks, and when a quantized type
+        cannot hold a number (infinite, not a number, or too large).
+        """
         row_bytes = self.row_bytes(values.shape[-1])
         blocks = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, self.block_size)
-        return self._codec("encode")(blocks).reshape(*values.shape[:-1], row_bytes)
+        return self._apply(self._codec("encode"), blocks, np.uint8, self.block_bytes).reshape(
+            *values.shape[:-1], row_bytes
+        )
 
     @property
     def can_encode(self) -> bool:
@@ -61,6 +76,16 @@ class QuantType:
         if codec is None:
             raise CheckpointError(f"{self.name} can be read but not written; choose another type")
         return codec
+
+    def _apply(self, codec: Codec, blocks: NDArray, dtype: type, width: int) -> NDArray:
+        """The codec over slices of the blocks, so that its temporaries stay in the processor's cache."""
+        step = _NUMBERS_AT_ONCE // self.block_size
+        if self.block_size == 1 or len(blocks) <= step:
+            return codec(blocks)
+        out: NDArray = np.empty((len(blocks), width), dtype)
+        for start in range(0, len(blocks), step):
+            out[start : start + step] = codec(blocks[start : start + step])
+        return out
 
 
 _FLOATS, _LEGACY = "puna.tensor.floats", "puna.tensor.legacy"

@@ -48,9 +48,17 @@ class Weight:
         return self.type.decode(self.data).reshape(self.shape)
 
     def take_rows(self, index: slice | Sequence[int] | NDArray[np.integer]) -> Weight:
-        """Some rows (first axis), still encoded: no precision is lost and only those rows are read."""
-        data = self.data[index]
-        return replace(self, shape=(data.shape[0], *self.shape[1:]), data=data)
+        """Some rows (first axis), still encoded: no precision is lost and only those rows are read.
+
+        Raises CheckpointError for a vector of a quantized type, whose numbers cannot be taken apart.
+        """
+        if len(self.shape) > 1:
+            data = self.data[index]
+            return replace(self, shape=(data.shape[0], *self.shape[1:]), data=data)
+        if self.type.block_size > 1:
+            raise CheckpointError(f"{self.name}: single numbers of a {self.type.name} vector cannot be taken")
+        numbers = self.data.reshape(-1, self.type.block_bytes)[index]
+        return replace(self, shape=(len(numbers),), data=numbers.reshape(-1))
 
     def rename(self, name: str) -> Weight:
         return replace(self, name=name)

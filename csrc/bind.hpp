@@ -1,0 +1,34 @@
+// What the two binding sources share. Python sees one class, `Native(threads, isa)`: a thread pool and the kernels it drives.
+//
+// A method checks the shapes that memory safety depends on (`check`), then releases the GIL around the kernel call.
+// Outputs are arrays that the caller allocated; nothing here allocates results.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <stdexcept>
+
+#include "kernels.hpp"
+
+namespace puna {
+
+namespace nb = nanobind;
+
+struct Native {
+  ThreadPool pool;
+  const Kernels* kernels;
+};
+
+template <class Scalar, int Dimensions>
+using Array = nb::ndarray<Scalar, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+
+// Our own callers got a shape wrong: an error rather than a wild read.
+inline void check(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+// bind_rest.cpp: everything but the linear layers.
+void bind_rest(nb::class_<Native>& native);
+
+}  // namespace puna

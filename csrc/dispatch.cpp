@@ -1,0 +1,47 @@
+// Which kernels this CPU and its operating system can run.
+#include <cstring>
+
+#include "kernels.hpp"
+
+namespace puna {
+
+#if defined(PUNA_HAS_avx512)
+namespace avx512 { extern const Kernels kernels; }
+#endif
+#if defined(PUNA_HAS_avx2)
+namespace avx2 { extern const Kernels kernels; }
+#endif
+namespace portable { extern const Kernels kernels; }
+
+namespace {
+
+// The features that CMakeLists.txt compiles each set for. The builtins ask the operating system too (XGETBV).
+const Kernels* supported(int i) {
+  switch (i) {
+#if defined(PUNA_HAS_avx512)
+    case 0:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")
+                 ? &avx512::kernels
+                 : nullptr;
+#endif
+#if defined(PUNA_HAS_avx2)
+    case 1:  // every CPU with AVX2 and FMA has F16C, which the builtin of older compilers doesn't know
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::kernels : nullptr;
+#endif
+    case 2: return &portable::kernels;
+    default: return nullptr;
+  }
+}
+
+}  // namespace
+
+const Kernels* find_kernels(const char* name) {
+  for (int i = 0; i < 3; i++) {
+    const Kernels* kernels = supported(i);
+    if (kernels && (!name || !std::strcmp(name, kernels->name))) return kernels;
+  }
+  return nullptr;
+}
+
+}  // namespace puna

@@ -1,0 +1,114 @@
+#include "threadpool.hpp"
+
+#include <chrono>
+
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace puna {
+namespace {
+
+constexpr uint64_t kOpen = uint64_t{1} << 31;
+constexpr uint64_t kInside = kOpen - 1;
+constexpr int kLoopShift = 32;
+constexpr auto kSpin = std::chrono::microseconds(60);
+constexpr int kPausesPerCheck = 32;
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads) : creator_(getpid()) {
+  for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  if (getpid() != creator_) {  // a forked child has no workers to join
+    for (auto& worker : workers_) worker.detach();
+    return;
+  }
+  {
+    std::lock_guard lock(sleep_mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void ThreadPool::run_erased(int64_t count, int64_t grain, const void* context, Erased task) {
+  if (count <= 0) return;
+  if (grain < 1) grain = 1;
+  if (workers_.empty() || count <= grain) {
+    for (int64_t begin = 0; begin < count; begin += grain) task(context, begin, begin + grain < count ? begin + grain : count, 0);
+    return;
+  }
+  std::lock_guard lock(caller_mutex_);
+  context_ = context, task_ = task, count_ = count, grain_ = grain;
+  next_.store(0, std::memory_order_relaxed);
+  const uint64_t loop = (gate_.load(std::memory_order_relaxed) >> kLoopShift) + 1;
+  gate_.store(loop << kLoopShift | kOpen);  // sequentially consistent, against the count of sleepers
+  if (sleeping_.load() > 0) {
+    std::lock_guard wake_lock(sleep_mutex_);
+    wake_.notify_all();
+  }
+  take_chunks(0);
+  gate_.fetch_and(~kOpen);
+  // Yield after a while: whoever holds the last chunk may be waiting for this very core.
+  for (int spins = 0; gate_.load(std::memory_order_acquire) & kInside; spins++) spins < 2000 ? pause() : std::this_thread::yield();
+}
+
+void ThreadPool::take_chunks(int thread) {
+  for (;;) {
+    const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
+    if (begin >= count_) return;
+    task_(context_, begin, begin + grain_ < count_ ? begin + grain_ : count_, thread);
+  }
+}
+
+// Enters the loop that `gate` describes, unless it has closed meanwhile.
+bool ThreadPool::join(uint64_t gate) {
+  const uint64_t loop = gate >> kLoopShift;
+  while (gate >> kLoopShift == loop && gate & kOpen)
+    if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acquire)) return true;
+  return false;
+}
+
+// Waits until the gate shows another loop than number `seen`, or stop_.
+uint64_t ThreadPool::wait_for_loop(uint64_t seen) {
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < kPausesPerCheck; i++) {
+      const uint64_t gate = gate_.load(std::memory_order_acquire);
+      if (gate >> kLoopShift != seen || stop_) return gate;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < deadline);
+  std::unique_lock lock(sleep_mutex_);
+  sleeping_.fetch_add(1);
+  wake_.wait(lock, [&] { return gate_.load() >> kLoopShift != seen || stop_; });
+  sleeping_.fetch_sub(1);
+  return gate_.load(std::memory_order_acquire);
+}
+
+void ThreadPool::work(int thread) {
+  uint64_t seen = 0;
+  for (;;) {
+    const uint64_t gate = wait_for_loop(seen);
+    if (stop_) return;
+    seen = gate >> kLoopShift;
+    if (!join(gate)) continue;
+    take_chunks(thread);
+    gate_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace puna

@@ -1,0 +1,60 @@
+// Data-parallel loops over a fixed team of threads. The caller takes part, so a pool of 1 has no threads of its own.
+//
+// Work is taken in chunks from one counter, and a loop ends when every chunk is done: a worker that the operating system has
+// put aside is not waited for unless it holds a chunk. Workers spin for some tens of microseconds after a loop, then sleep.
+// After fork() the child's pool still works, on the calling thread alone.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace puna {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls task(begin, end, thread) on disjoint ranges that cover [0, count), each of `grain` items (the last may be
+  // shorter); thread is 0 … threads() - 1, for scratch memory. Ranges start in ascending order. Returns when all are done.
+  // The task must not throw (that terminates) and must not call run() again. Calls from several threads take turns.
+  template <class Task>
+  void run(int64_t count, int64_t grain, const Task& task) {
+    run_erased(count, grain, &task, [](const void* context, int64_t begin, int64_t end, int thread) noexcept {
+      (*static_cast<const Task*>(context))(begin, end, thread);
+    });
+  }
+
+ private:
+  using Erased = void (*)(const void* context, int64_t begin, int64_t end, int thread) noexcept;
+
+  void run_erased(int64_t count, int64_t grain, const void* context, Erased task);
+  void work(int thread);
+  void take_chunks(int thread);
+  bool join(uint64_t seen);
+  uint64_t wait_for_loop(uint64_t seen);
+
+  // The loop being run. Written by the caller while no worker is inside.
+  const void* context_ = nullptr;
+  Erased task_ = nullptr;
+  int64_t count_ = 0, grain_ = 1;
+
+  alignas(64) std::atomic<int64_t> next_{0};  // first item that nobody has taken
+  alignas(64) std::atomic<uint64_t> gate_{0};  // loop number << 32 | open flag | workers inside
+  alignas(64) std::atomic<int> sleeping_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex caller_mutex_, sleep_mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  long creator_;
+};
+
+}  // namespace puna

@@ -1,0 +1,16 @@
+"""Continuous batching over a paged key/value cache. Integers only: text lives above, arrays below."""
+
+from puna.engine.engine import Engine, Stream
+from puna.engine.request import Constraint, ConstraintState, Event, FinishReason, Request, SamplingParams, Timings
+
+__all__ = [
+    "Constraint",
+    "ConstraintState",
+    "Engine",
+    "Event",
+    "FinishReason",
+    "Request",
+    "SamplingParams",
+    "Stream",
+    "Timings",
+]

@@ -1,0 +1,184 @@
+"""The engine: many requests share one model, one step at a time."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections import deque
+from collections.abc import Collection, Iterator
+
+from puna.engine.block_pool import BlockPool
+from puna.engine.request import Event, Request, Timings
+from puna.engine.runner import RunnableModel, Runner
+from puna.engine.scheduler import Scheduler
+from puna.engine.sequence import Sequence
+from puna.errors import RequestError
+
+
+class Engine:
+    """Owns the loop: ``submit`` requests, then ``step`` until there is no work.
+
+    Not thread-safe: one thread calls all of its methods (a server gives it a thread of its own, fed by a queue).
+    """
+
+    def __init__(
+        self,
+        model: RunnableModel,
+        *,
+        num_blocks: int | None = None,
+        kv_memory_bytes: int | None = None,
+        context_length: int | None = None,
+        block_size: int = 32,
+        max_batch_tokens: int = 512,
+        max_sequences: int = 64,
+    ) -> None:
+        """Allocates the cache: ``num_blocks`` blocks of ``block_size`` tokens, or what fits in ``kv_memory_bytes``,
+        or else room for one context.
+
+        ``context_length`` (prompt and answer) defaults to the model's, and is never more than the cache holds.
+        Raises RequestError when a number is not possible.
+        """
+        for name, value in (
+            ("num_blocks", num_blocks),
+            ("context_length", context_length),
+            ("block_size", block_size),
+            ("max_batch_tokens", max_batch_tokens),
+            ("max_sequences", max_sequences),
+        ):
+            if value is not None and value < 1:
+                raise RequestError(f"{name} must be at least 1, found {value}")
+        if max_sequences > max_batch_tokens:
+            raise RequestError(f"max_sequences ({max_sequences}) must not exceed max_batch_tokens ({max_batch_tokens})")
+        context_length = context_length or model.config.max_position_embeddings
+        if num_blocks is None:
+            num_blocks = -(-context_length // block_size)
+            if kv_memory_bytes is not None:
+                block_bytes = model.ops.kv_bytes_per_token(model.config) * block_size
+                num_blocks = kv_memory_bytes // block_bytes
+                if num_blocks < 1:
+                    raise RequestError(
+                        f"kv_memory_bytes must be at least {block_bytes}, one block of {block_size} tokens, "
+                        f"found {kv_memory_bytes}"
+                    )
+        self.model = model
+        self.context_length = min(context_length, num_blocks * block_size)
+        self.scheduler = Scheduler(BlockPool(num_blocks, block_size), max_batch_tokens, max_sequences)
+        kv = model.ops.new_kv(model.config, num_blocks, block_size)
+        max_blocks = self.scheduler.pool.blocks_for(self.context_length)
+        self._runner = Runner(model, kv, max_batch_tokens, max_sequences, max_blocks)
+        self._ids = itertools.count()
+        self._streams: dict[int, Stream] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request runs or waits."""
+        return bool(self._streams)
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request. Raises RequestError when it can never be answered."""
+        self._check(request)
+        sequence = Sequence(next(self._ids), request, self.context_length)
+        stream = Stream(self, sequence)
+        self._streams[sequence.id] = stream
+        self.scheduler.add(sequence)
+        return stream
+
+    def step(self) -> list[Event]:
+        """Compute one batch: at most one new token for each request. Streams receive these events too.
+
+        An exception of the model leaves every request as it was before the step.
+        """
+        events, works, rows = [], [], []
+        for work in self.scheduler.schedule():
+            try:
+                if work.samples:
+                    rows.append(work.sequence.sampling_row())
+            except RequestError as error:
+                events.append(self.scheduler.finish(work.sequence, "error", str(error)))
+            else:
+                works.append(work)
+        if works:
+            events += self.scheduler.update(works, self._runner.run(works, rows))
+        for event in events:
+            self._deliver(event)
+        return events
+
+    def cancel(self, request_id: int) -> Event | None:
+        """End a request now. Returns its last event, or None when it has ended already."""
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return None
+        event = self.scheduler.finish(stream.sequence, "cancelled")
+        self._deliver(event)
+        return event
+
+    def _deliver(self, event: Event) -> None:
+        self._streams[event.request_id].push(event)
+        if event.finish_reason is not None:
+            del self._streams[event.request_id]
+
+    def _check(self, request: Request) -> None:
+        vocab_size = self.model.config.vocab_size
+        params = request.params
+        try:
+            prompt = array("i", request.prompt_ids)
+        except (TypeError, OverflowError):
+            raise RequestError("the prompt must be a list of token ids") from None
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token, such as the begin-of-sequence token")
+        if len(prompt) >= self.context_length:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, but the context of {self.context_length} must hold it and at "
+                "least one token of answer; shorten the prompt or load the model with a larger context_length"
+            )
+        _check_ids("the prompt", (min(prompt), max(prompt)), vocab_size)
+        _check_ids("logit_bias", params.logit_bias, vocab_size)
+        _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+        if params.top_logprobs > vocab_size:
+            raise RequestError(
+                f"top_logprobs must not exceed the vocabulary's {vocab_size} tokens, found {params.top_logprobs}"
+            )
+
+
+class Stream:
+    """The events of one request. Iterating gives each as it comes, and steps the engine while there is none."""
+
+    def __init__(self, engine: Engine, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self._engine = engine
+        self._events: deque[Event] = deque()
+        self._ended = False
+
+    @property
+    def id(self) -> int:
+        """The id that events carry and ``Engine.cancel`` takes."""
+        return self.sequence.id
+
+    @property
+    def request(self) -> Request:
+        return self.sequence.request
+
+    @property
+    def timings(self) -> Timings:
+        """Kept up to date while the request runs."""
+        return self.sequence.timings
+
+    def push(self, event: Event) -> None:
+        self._events.append(event)
+        self._ended = event.finish_reason is not None
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        while not self._events:
+            if self._ended:
+                raise StopIteration
+            self._engine.step()
+        return self._events.popleft()
+
+
+def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"{name} has token id {token}, but the model's ids go from 0 to {vocab_size - 1}")

@@ -1,0 +1,81 @@
+"""From a step's integers to a Batch, through the model, to sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from puna.config import ModelConfig
+from puna.engine.scheduler import Work
+from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
+
+
+class RunnableModel(Protocol):
+    """What the engine needs of a model."""
+
+    @property
+    def ops(self) -> Ops: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def forward(self, batch: Batch, kv: KVCache) -> Array: ...
+
+
+class Runner:
+    """Runs steps. The arrays of its batches are made once and overwritten by the next step."""
+
+    def __init__(
+        self, model: RunnableModel, kv: KVCache, max_batch_tokens: int, max_sequences: int, max_blocks: int
+    ) -> None:
+        self._model = model
+        self._kv = kv
+        self._tokens = np.zeros(max_batch_tokens, np.int32)
+        self._positions = np.zeros(max_batch_tokens, np.int32)
+        self._slots = np.zeros(max_batch_tokens, np.int32)
+        self._logit_rows = np.zeros(max_sequences, np.int32)
+        self._seq_starts = np.zeros(max_sequences + 1, np.int32)
+        self._context_lens = np.zeros(max_sequences, np.int32)
+        self._block_tables = np.zeros((max_sequences, max_blocks), np.int32)
+
+    def run(self, works: Sequence[Work], rows: Sequence[SamplingRow]) -> list[Sampled]:
+        """Compute a step; ``rows`` are those of the works that sample, in their order."""
+        logits = self._model.forward(self.batch(works), self._kv)
+        return self._model.ops.sample(logits, rows) if rows else []
+
+    def batch(self, works: Sequence[Work]) -> Batch:
+        """The step as arrays, valid until the next call."""
+        size = self._kv.block_size
+        end = num_rows = 0
+        for s, work in enumerate(works):
+            sequence, count = work
+            start, end = end, end + count
+            first = sequence.num_computed
+            if count == 1:  # the usual case: plain numbers are several times faster than arrays of length one
+                self._tokens[start] = sequence.tokens[first]
+                self._positions[start] = first
+                self._slots[start] = sequence.blocks[first // size] * size + first % size
+            else:
+                positions = np.arange(first, first + count, dtype=np.int32)
+                self._tokens[start:end] = sequence.tokens[first : first + count]
+                self._positions[start:end] = positions
+                blocks = np.array(sequence.blocks, np.int32)
+                self._slots[start:end] = blocks[positions // size] * size + positions % size
+            self._block_tables[s, : len(sequence.blocks)] = sequence.blocks
+            self._seq_starts[s + 1] = end
+            self._context_lens[s] = first + count
+            if work.samples:
+                self._logit_rows[num_rows] = end - 1
+                num_rows += 1
+        n = len(works)
+        return Batch(
+            tokens=self._tokens[:end],
+            positions=self._positions[:end],
+            seq_starts=self._seq_starts[: n + 1],
+            slots=self._slots[:end],
+            block_tables=self._block_tables[:n],
+            context_lens=self._context_lens[:n],
+            logit_rows=self._logit_rows[:num_rows],
+        )

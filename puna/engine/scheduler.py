@@ -1,0 +1,144 @@
+"""Who computes how many tokens next, and what follows from the tokens that were sampled."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+from puna.engine.block_pool import BlockPool
+from puna.engine.request import Event, FinishReason
+from puna.engine.sequence import Sequence
+from puna.ops.protocol import Sampled
+
+
+class Work(NamedTuple):
+    """One sequence's part of a step: its next ``num_tokens`` tokens."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the sequence has caught up after this step, so that its next token can be sampled."""
+        return self.num_tokens == self.sequence.behind
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, first come, first served.
+
+    A step computes at most ``max_batch_tokens`` tokens of at most ``max_sequences`` sequences. Sequences that run come
+    first, and each is sure of one token, so that a long prompt never holds up the others. A sequence is admitted when
+    there are blocks for all of its tokens. When blocks run out, the sequence that arrived last goes back to waiting and
+    is computed again later. Everyone running arrived before everyone waiting.
+    """
+
+    def __init__(self, pool: BlockPool, max_batch_tokens: int, max_sequences: int) -> None:
+        assert 0 < max_sequences <= max_batch_tokens
+        self.pool = pool
+        self.max_batch_tokens = max_batch_tokens
+        self.max_sequences = max_sequences
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. All the tokens it may ever have must fit in the pool."""
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Work]:
+        """Choose the next step and reserve its blocks. Empty only when nothing runs or waits."""
+        works: list[Work] = []
+        budget = self.max_batch_tokens
+        preemptions = self.num_preemptions
+        while len(works) < len(self.running):
+            sequence = self.running[len(works)]
+            after = len(self.running) - len(works) - 1
+            count = min(sequence.behind, budget - after)
+            if not self._reserve(sequence, count):
+                break
+            works.append(Work(sequence, count))
+            budget -= count
+        if self.num_preemptions == preemptions:  # otherwise whoever has just made room would take it back
+            self._admit(works, budget)
+        return works
+
+    def update(self, works: SequenceOf[Work], sampled: SequenceOf[Sampled]) -> list[Event]:
+        """Account for a computed step. ``sampled`` has one entry for each work that samples, in their order."""
+        events = []
+        tokens = iter(sampled)
+        for work in works:
+            sequence, samples = work.sequence, work.samples
+            sequence.num_computed += work.num_tokens
+            self._register(sequence)
+            if samples:
+                event = sequence.advance(next(tokens))
+                events.append(event)
+                if event.finish_reason is not None:
+                    self._remove(sequence)
+        return events
+
+    def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Event:
+        """End a sequence that runs or waits, and free its blocks."""
+        self._remove(sequence)
+        return sequence.end(reason, error)
+
+    def _admit(self, works: list[Work], budget: int) -> None:
+        pool = self.pool
+        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+            sequence = self.waiting[0]
+            # The last token is never taken from the cache: its logits are needed.
+            cached = pool.match(sequence.tokens[:-1], sequence.request.cache_salt)
+            missing = pool.blocks_for(len(sequence.tokens)) - len(cached)
+            if missing > pool.available:
+                pool.release(cached)
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.blocks.extend(cached)
+            sequence.blocks.extend(pool.allocate(missing))
+            sequence.num_registered = len(cached)
+            sequence.num_computed = len(cached) * pool.block_size
+            sequence.mark_admitted(sequence.num_computed)
+            count = min(sequence.behind, budget)
+            works.append(Work(sequence, count))
+            budget -= count
+
+    def _reserve(self, sequence: Sequence, count: int) -> bool:
+        """Make sure of blocks for the next ``count`` tokens; False when the sequence itself had to give way."""
+        missing = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        while missing > self.pool.available:
+            last = self.running.pop()
+            self._free(last)
+            self.waiting.appendleft(last)
+            self.num_preemptions += 1
+            if last is sequence:
+                return False
+        if missing > 0:
+            sequence.blocks.extend(self.pool.allocate(missing))
+        return True
+
+    def _register(self, sequence: Sequence) -> None:
+        """Offer the blocks that have become full to later requests."""
+        size = self.pool.block_size
+        while (sequence.num_registered + 1) * size <= sequence.num_computed:
+            i = sequence.num_registered
+            sequence.blocks[i] = self.pool.register(
+                sequence.blocks[i],
+                sequence.blocks[i - 1] if i else None,
+                sequence.tokens[i * size : (i + 1) * size],
+                sequence.request.cache_salt,
+            )
+            sequence.num_registered += 1
+
+    def _remove(self, sequence: Sequence) -> None:
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        del sequence.blocks[:]
+        sequence.num_computed = sequence.num_registered = 0

@@ -1,0 +1,306 @@
+"""The model as a person or a script uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from puna.chat.builtin import builtin_template
+from puna.chat.messages import Message
+from puna.chat.prompt import Prompt, render_prompt
+from puna.chat.template import ChatTemplate
+from puna.checkpoint import Checkpoint, open_checkpoint
+from puna.engine import Constraint, Engine, Request, SamplingParams
+from puna.errors import RequestError, TokenizerError
+from puna.llm import scoring
+from puna.llm.answers import Chunk, Completion, collect, stream_chunks
+from puna.model.model import Model
+from puna.ops.registry import make_ops
+from puna.store import resolve
+from puna.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from puna.engine.constraint import ConstraintCompiler
+
+DEFAULT_CONTEXT = 8192
+BLOCK_SIZE = 32
+
+
+class LLM:
+    """A loaded model: generate, chat, and look at what it computes.
+
+    >>> from puna import LLM
+    >>> with LLM.load("smollm2") as llm:
+    ...     answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0)
+    >>> "Paris" in answer.text
+    True
+
+    Not thread-safe: one thread at a time.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        chat_template: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        """Prefer ``LLM.load``. ``defaults`` are sampling parameters that the model's author chose."""
+        self.model = model
+        self.config = model.config
+        self.tokenizer = tokenizer
+        self.defaults = dict(defaults or {})
+        self._chat_template = chat_template
+        context = context_length or min(model.config.max_position_embeddings, DEFAULT_CONTEXT)
+        self.engine = Engine(
+            model,
+            num_blocks=_cache_blocks(model, context, explicit=context_length is not None),
+            context_length=context,
+            block_size=BLOCK_SIZE,
+        )
+        self.context_length = self.engine.context_length
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        context_length: int | None = None,
+        threads: int | None = None,
+        ops: str | None = None,
+        on_tensor: Callable[[str], None] | None = None,
+    ) -> LLM:
+        """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
+
+        ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to the
+        physical cores. ``ops``: ``native`` or ``reference``. Raises StoreError, CheckpointError, ConfigError, TokenizerError.
+        """
+        found = resolve(str(name_or_path))
+        checkpoint = open_checkpoint(found.path)
+        template, defaults = checkpoint.chat_template, {}
+        if found.manifest is not None:
+            template = found.manifest.template or template
+            defaults = found.manifest.parameters
+        llm = cls.from_checkpoint(
+            checkpoint,
+            chat_template=template,
+            defaults=defaults,
+            context_length=context_length,
+            threads=threads,
+            ops=ops,
+            on_tensor=on_tensor,
+        )
+        return llm
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        chat_template: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        context_length: int | None = None,
+        threads: int | None = None,
+        ops: str | None = None,
+        on_tensor: Callable[[str], None] | None = None,
+    ) -> LLM:
+        """From an open checkpoint. Raises TokenizerError when it has no tokenizer."""
+        if checkpoint.tokenizer is None:
+            raise TokenizerError("the model has no tokenizer; put its tokenizer.json or tokenizer.model beside the weights")
+        model = Model.bind(make_ops(ops, threads), checkpoint.config, checkpoint.tensors, on_tensor)
+        return cls(
+            model,
+            checkpoint.tokenizer,
+            chat_template=chat_template or checkpoint.chat_template,
+            defaults=defaults,
+            context_length=context_length,
+        )
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the weights and the cache; the object can't be used afterwards."""
+        self.__dict__.clear()
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template: the model's own, or the one its special tokens call for.
+
+        Raises TemplateError for a broken one, and for a base model, which has none.
+        """
+        source = self._chat_template or builtin_template(self.tokenizer)
+        return ChatTemplate.for_tokenizer(source, self.tokenizer)
+
+    @cached_property
+    def constraints(self) -> ConstraintCompiler:
+        """Makes constraints (JSON schema, regular expression, grammar) for this model's vocabulary."""
+        from puna.engine.constraint import ConstraintCompiler
+
+        return ConstraintCompiler(self.tokenizer, self.config.vocab_size, self.eos_ids)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token id that ends an answer."""
+        return frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_ids)
+
+    def sampling(self, params: SamplingParams | None = None, **overrides: Any) -> SamplingParams:
+        """``params``, or the model's defaults with ``overrides``. Raises RequestError for an unknown or bad parameter."""
+        if params is not None:
+            if overrides:
+                raise RequestError("give either params or single sampling parameters, not both")
+            return params
+        try:
+            return SamplingParams(**{**self.defaults, **overrides})
+        except TypeError as error:
+            raise RequestError(f"unknown sampling parameter: {str(error).split('argument ')[-1]}") from None
+
+    @overload
+    def generate(
+        self, prompts: str, params: SamplingParams | None = ..., *, stream: Literal[False] = ..., **options: Any
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompts: list[str], params: SamplingParams | None = ..., *, stream: Literal[False] = ..., **options: Any
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self, prompts: str | list[str], params: SamplingParams | None = ..., *, stream: Literal[True], **options: Any
+    ) -> Iterator[Chunk]: ...
+    def generate(
+        self,
+        prompts: str | list[str],
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        constraint: Constraint | None = None,
+        parse_special: bool = False,
+        **sampling: Any,
+    ) -> Completion | list[Completion] | Iterator[Chunk]:
+        """Continue raw text, several texts at once in one batch, with no chat template.
+
+        ``sampling`` are fields of SamplingParams (``temperature``, ``max_tokens``, ``seed``, ``stop``, …). With ``stream``,
+        pieces come as they are ready. ``constraint`` comes from ``llm.constraints``. ``parse_special`` reads control tokens
+        in the prompt's text as such. Raises RequestError.
+
+        >>> llm.generate("The capital of France is", temperature=0, max_tokens=1).text
+        ' Paris'
+        >>> "".join(chunk.text for chunk in llm.generate("1, 2, 3,", temperature=0, max_tokens=2, stream=True))
+        ' 4,'
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self.tokenizer.encode(t, add_bos=self.tokenizer.add_bos, parse_special=parse_special) for t in texts]
+        requests = [self._request(i, self.sampling(params, **sampling), constraint) for i in ids]
+        chunks = stream_chunks(self.engine, requests, self.tokenizer)
+        if stream:
+            return chunks
+        completions = collect(chunks, requests)
+        return completions[0] if isinstance(prompts, str) else completions
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        params: SamplingParams | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        **options: Any,
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        params: SamplingParams | None = ...,
+        *,
+        stream: Literal[True],
+        **options: Any,
+    ) -> Iterator[Chunk]: ...
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        constraint: Constraint | None = None,
+        **sampling: Any,
+    ) -> Completion | Iterator[Chunk]:
+        """Answer a conversation (``{"role", "content"}``) through the model's chat template.
+
+        Control tokens in a message's text are plain text to the model. Raises RequestError, TemplateError.
+
+        >>> llm.chat([{"role": "user", "content": "Say hi."}], temperature=0, max_tokens=8).finish_reason in ("stop", "length")
+        True
+        """
+        prompt = self.prompt(messages, tools=tools)
+        requests = [self._request(prompt.ids, self.sampling(params, **sampling), constraint)]
+        chunks = stream_chunks(self.engine, requests, self.tokenizer)
+        return chunks if stream else collect(chunks, requests)[0]
+
+    def prompt(
+        self, messages: Sequence[Message | Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Prompt:
+        """The exact text and token ids that ``chat`` gives to the model, and where each came from."""
+        return render_prompt(self.template, self.tokenizer, messages, tools=tools)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32[T, V]: row t holds the scores of the token after ``ids[t]``.
+
+        >>> llm.logits(llm.tokenizer.encode("Hello world")).shape
+        (2, 49152)
+        """
+        return scoring.logits(self.model, ids)
+
+    def embed(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
+        """float32[N, D]: the mean of the final hidden states of each text, scaled to length 1.
+
+        >>> llm.embed(["a cat", "a dog"]).shape
+        (2, 576)
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        encoded = (self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos) for text in texts)
+        return np.stack([scoring.embedding(self.model, ids) for ids in encoded])
+
+    def score(self, prompt: str, continuation: str) -> scoring.Score:
+        """How probable ``continuation`` is after ``prompt``.
+
+        The prompt's tokens are those it has on its own; trailing white space of it is counted to the continuation, where
+        tokenizers put it.
+
+        >>> good, bad = (llm.score("The capital of France is", place).logprob for place in (" Paris", " Oslo"))
+        >>> good > bad
+        True
+        """
+        stripped = prompt.rstrip()
+        continuation = prompt[len(stripped) :] + continuation
+        prompt_ids = self.tokenizer.encode(stripped, add_bos=self.tokenizer.add_bos)
+        whole = self.tokenizer.encode(stripped + continuation, add_bos=self.tokenizer.add_bos)
+        return scoring.score(self.model, prompt_ids, whole[len(prompt_ids) :])
+
+    def _request(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None) -> Request:
+        return Request(ids, params, self.eos_ids, constraint)
+
+
+def _cache_blocks(model: Model, context_length: int, *, explicit: bool) -> int:
+    """Room for four full contexts, in at most half of the free memory; pages are only taken when they are used."""
+    one_context = -(-context_length // BLOCK_SIZE)
+    block_bytes = model.ops.kv_bytes_per_token(model.config) * BLOCK_SIZE
+    affordable = psutil.virtual_memory().available // 2 // block_bytes
+    if affordable < one_context and explicit:
+        raise RequestError(
+            f"a context of {context_length} tokens needs {one_context * block_bytes >> 20} MiB of cache, more than half of "
+            f"the free memory ({affordable * block_bytes >> 20} MiB); choose a smaller context_length"
+        )
+    return int(max(1, min(4 * one_context, affordable)))

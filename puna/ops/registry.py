@@ -1,0 +1,37 @@
+"""Which implementation of the ops to use."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+
+from puna.errors import RequestError
+from puna.ops.protocol import Ops
+
+OPS: dict[str, str] = {
+    "native": "puna.ops.native_ops:NativeOps",
+    "reference": "puna.ops.reference:ReferenceOps",
+}
+
+
+def make_ops(name: str | None = None, threads: int | None = None) -> Ops:
+    """The ops of that name; by default the native ones, or, with a warning, the reference where they were not built.
+
+    ``threads`` defaults to the physical cores this process may use. Raises RequestError for an unknown name.
+    """
+    if name is None:
+        try:
+            return make_ops("native", threads)
+        except ImportError as error:
+            warnings.warn(
+                f"Puna's native extension is not available ({error}); running on the slow reference ops. "
+                "Install a C++ compiler and reinstall puna for full speed.",
+                stacklevel=2,
+            )
+            name = "reference"
+    if name not in OPS:
+        raise RequestError(f"unknown ops {name!r}; known: {', '.join(OPS)}")
+    module, attribute = OPS[name].split(":")
+    implementation = getattr(import_module(module), attribute)
+    ops: Ops = implementation(threads) if name == "native" else implementation()
+    return ops

@@ -1,0 +1,44 @@
+"""Small fields of bits inside bytes, in the one arrangement that every ggml encoding uses."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puna.errors import CheckpointError
+
+
+def unpack(packed: NDArray[np.uint8], width: int, run: int) -> NDArray[np.uint8]:
+    """Fields of ``width`` bits: uint8[blocks, bytes] -> uint8[blocks, bytes * 8 / width].
+
+    Each run of ``run`` bytes holds 8 / width runs of fields, one byte contributing one field to each: first the lowest
+    bits of every byte of the run, then the next higher bits, and so on.
+    """
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+    fields = packed.reshape(len(packed), -1, 1, run) >> shifts
+    fields &= np.uint8((1 << width) - 1)
+    return fields.reshape(len(packed), packed.shape[1] * len(shifts))
+
+
+def pack(fields: NDArray[np.integer], width: int, run: int) -> NDArray[np.uint8]:
+    """The inverse of unpack, for uint8 fields that are all less than 2 ** width."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+    split = fields.reshape(len(fields), -1, len(shifts), run) << shifts
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(split, axis=2)
+    return packed.reshape(len(fields), -1)
+
+
+def halves(blocks: NDArray[np.uint8], at: int) -> NDArray[np.float32]:
+    """The float16 at byte ``at`` of every block: float32[blocks, 1]."""
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
+
+
+def to_halves(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """float32[blocks, 1] -> float16 bytes [blocks, 2]. Raises CheckpointError for what float16 cannot hold."""
+    with np.errstate(over="ignore"):
+        stored = values.astype("<f2")
+    if not np.isfinite(stored).all():
+        raise CheckpointError(
+            "a weight is infinite, not a number, or too large for the float16 scale of a quantized block"
+        )
+    return stored.view(np.uint8)

@@ -1,0 +1,255 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+from puna.errors import TokenizerError
+from puna.tokenizer import huggingface, sentencepiece, tiktoken
+from puna.tokenizer.vocabulary import CHAR_TO_BYTE, SPACE, TokenType, Vocabulary, byte_value
+
+# Control tokens after which generation is over, beside the one a file calls EOS: a chat model may end with either.
+_END_TOKENS = (
+    "</s>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<|eom|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "▁<EOT>",
+)
+
+
+class Tokenizer:
+    """One model's tokenizer, built from a ``Vocabulary``. Immutable, and safe to share between threads.
+
+    Control tokens are never found in text unless ``parse_special`` asks for it: the library underneath doesn't know them.
+    Raises TokenizerError when the vocabulary can't be used.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.vocab_size = len(vocabulary.pieces)
+        self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
+        self.unk_id = vocabulary.unk_id
+        self.pad_id = vocabulary.pad_id
+        self.add_bos = vocabulary.add_bos
+        self.special_tokens: dict[str, int] = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN)
+        ends = {self.special_tokens[name] for name in _END_TOKENS if name in self.special_tokens}
+        self.eos_ids = frozenset(ends if self.eos_id is None else ends | {self.eos_id})
+        self._special_ids = frozenset(self.special_tokens.values())
+        self._user_defined = vocabulary.ids_of(TokenType.USER_DEFINED)
+        self._library = _build_library(vocabulary)
+        self._charsmap = normalizers.Precompiled(vocabulary.charsmap) if vocabulary.charsmap else None
+        self._bytes: list[bytes | None] = [None] * self.vocab_size
+
+    def encode(self, text: str, add_bos: bool = False, parse_special: bool = False) -> list[int]:
+        """The ids of ``text``, after BOS where ``add_bos`` says so (always then: ``self.add_bos`` is only advice).
+
+        ``parse_special`` turns the spelling of a control token (``<|eot_id|>``) into that token. A SentencePiece
+        vocabulary may put a space before the text and after each parsed control token: see
+        ``Vocabulary.space_prefix``. Surrogates that pair up are joined, a lone one becomes U+FFFD. As in the reference
+        implementations, bytes for which a byte-level vocabulary has no token are left out.
+
+        Raises TokenizerError when BOS is asked for and the vocabulary has none.
+        """
+        ids: list[int] = []
+        if add_bos:
+            if self.bos_id is None:
+                raise TokenizerError("add_bos: this tokenizer has no beginning-of-sequence token")
+            ids.append(self.bos_id)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if not parse_special:
+            self._encode_segment(text, True, ids)
+            return ids
+        at_start = True
+        for segment, token in _cut(text, self._special_pattern, self.special_tokens):
+            if token is not None:
+                ids.append(token)
+            else:
+                self._encode_segment(segment, at_start, ids)
+            at_start = False
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
+        """The text of ``ids`` as UTF-8 bytes; the last character may be incomplete.
+
+        The inverse of ``encode(text, parse_special=True)``: the space that encode puts before a text segment is taken off.
+        ``skip_special`` leaves control tokens out. To continue a text, use ``token_bytes``, which takes nothing off.
+
+        Raises TokenizerError for an id outside the vocabulary.
+        """
+        prefix = self.vocabulary.space_prefix
+        parts: list[bytes] = []
+        strip = prefix != "never"
+        for token in ids:
+            data = self.token_bytes(token)
+            if token in self._special_ids and skip_special:
+                data = b""
+            if self.vocabulary.types[token] == TokenType.CONTROL:
+                strip = prefix in ("segment", "metaspace") or (strip and skip_special)
+            elif strip and data:
+                data = data.removeprefix(b" ")
+                strip = False
+            parts.append(data)
+        return b"".join(parts)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The exact bytes that a token adds to a text; a control token gives its spelling. Raises TokenizerError."""
+        if not 0 <= token < self.vocab_size:
+            raise TokenizerError(f"token id {token} is outside the vocabulary of {self.vocab_size} tokens")
+        data = self._bytes[token]
+        if data is None:
+            data = self._bytes[token] = _piece_bytes(self.vocabulary, token)
+        return data
+
+    def is_special(self, token: int) -> bool:
+        """Whether the token is a control token (or the unknown token), not text."""
+        return token in self._special_ids
+
+    def id_to_token(self, token: int) -> str:
+        """A token as the vocabulary spells it (``Ġthe``, ``▁the``, ``<|eot_id|>``). Raises TokenizerError."""
+        if not 0 <= token < self.vocab_size:
+            raise TokenizerError(f"token id {token} is outside the vocabulary of {self.vocab_size} tokens")
+        return self.vocabulary.pieces[token]
+
+    def token_to_id(self, piece: str) -> int | None:
+        """The id of a token by its spelling in the vocabulary, or None."""
+        return self._ids.get(piece)
+
+    def to_tokenizer_json(self) -> dict[str, Any]:
+        """The contents of Hugging Face's tokenizer.json. Raises TokenizerError for a unigram vocabulary."""
+        return huggingface.to_tokenizer_json(self.vocabulary)
+
+    def to_tokenizer_config(self) -> dict[str, Any]:
+        """The contents of the tokenizer_config.json beside it (without a chat template)."""
+        return huggingface.to_tokenizer_config(self.vocabulary)
+
+    def to_tokenizer_model(self) -> bytes | None:
+        """The contents of Meta's tokenizer.model (SentencePiece or tiktoken ranks), or None if that can't express it."""
+        if self.vocabulary.kind == "bpe":
+            return tiktoken.write_ranks(self.vocabulary)
+        return sentencepiece.write_model(self.vocabulary)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {piece: i for i, piece in enumerate(self.vocabulary.pieces)}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        return _any_of(self.special_tokens)
+
+    @cached_property
+    def _user_defined_pattern(self) -> re.Pattern[str] | None:
+        return _any_of(self._user_defined)
+
+    def _encode_segment(self, text: str, at_start: bool, ids: list[int]) -> None:
+        """Append the ids of text without control tokens; user-defined tokens are always found, as in the references."""
+        if self.vocabulary.kind != "bpe":
+            text = self._with_spaces_marked(text, at_start)
+        for part, token in _cut(text, self._user_defined_pattern, self._user_defined):
+            if token is not None:
+                ids.append(token)
+            else:
+                ids.extend(self._library.encode(part, add_special_tokens=False).ids)
+
+    def _with_spaces_marked(self, text: str, at_start: bool) -> str:
+        """SentencePiece's normalization: character map, whitespace, the space before the text, ▁ for each space."""
+        rules = self.vocabulary
+        if self._charsmap is not None:
+            text = self._charsmap.normalize_str(text)
+        if rules.remove_extra_whitespaces:
+            text = re.sub(" {2,}", " ", text).strip(" ")
+        text = text.replace(" ", SPACE)
+        if not text or rules.space_prefix == "never" or (rules.space_prefix == "first" and not at_start):
+            return text
+        if rules.space_prefix != "segment" and text.startswith(SPACE):
+            return text
+        return SPACE + text
+
+
+def _build_library(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+    """The library's object for plain text. It knows no control token, and does no normalization."""
+    hidden = (TokenType.CONTROL, TokenType.UNUSED)
+    visible = {
+        piece: i
+        for i, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
+        if kind not in hidden
+    }
+    try:
+        if vocabulary.kind == "unigram":
+            return tokenizers.Tokenizer(_unigram_model(vocabulary, set(visible.values())))
+        unknown = vocabulary.ids_of(TokenType.UNKNOWN) if vocabulary.kind == "spm" else {}
+        library = tokenizers.Tokenizer(
+            models.BPE(
+                visible,
+                vocabulary.merges,
+                unk_token=next(iter(unknown), None),
+                fuse_unk=True,
+                byte_fallback=vocabulary.byte_fallback,
+                ignore_merges=vocabulary.ignore_merges,
+            )
+        )
+        if vocabulary.kind == "bpe":
+            cuts: list[Any] = [pre_tokenizers.Split(Regex(split), "isolated") for split in vocabulary.splits]
+            cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+            library.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"the vocabulary is inconsistent: {error}") from error
+    return library
+
+
+def _unigram_model(vocabulary: Vocabulary, visible: set[int]) -> models.Unigram:
+    # The model wants one row for each id. A hidden one gets a name with a space, which normalized text never holds.
+    rows = [
+        (piece if i in visible else f" {i}", score)
+        for i, (piece, score) in enumerate(zip(vocabulary.pieces, vocabulary.scores, strict=True))
+    ]
+    return models.Unigram(rows, unk_id=vocabulary.unk_id, byte_fallback=vocabulary.byte_fallback)
+
+
+def _piece_bytes(vocabulary: Vocabulary, token: int) -> bytes:
+    piece, kind = vocabulary.pieces[token], vocabulary.types[token]
+    if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
+        return piece.encode()
+    if kind == TokenType.BYTE:
+        return bytes([byte_value(piece)])
+    if vocabulary.kind != "bpe":
+        return piece.replace(SPACE, " ").encode()
+    if kind != TokenType.NORMAL:
+        return piece.encode()
+    try:
+        return bytes([CHAR_TO_BYTE[char] for char in piece])
+    except KeyError:  # an added token that its file doesn't mark as one
+        return piece.encode()
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern for any of the words, the longest first."""
+    ordered: Sequence[str] = sorted((word for word in words if word), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _cut(text: str, pattern: re.Pattern[str] | None, ids: dict[str, int]) -> Iterator[tuple[str, int | None]]:
+    """The text in order: stretches between matches (never empty) with None, and matches with their id."""
+    end = 0
+    if pattern is not None:
+        for match in pattern.finditer(text):
+            if match.start() > end:
+                yield text[end : match.start()], None
+            yield match[0], ids[match[0]]
+            end = match.end()
+    if end < len(text):
+        yield text[end:], None
