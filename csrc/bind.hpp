@@ -9,6 +9,7 @@
 
 #include <stdexcept>
 
+#include "block_types.hpp"
 #include "kernels.hpp"
 
 namespace puna {

@@ -10,7 +10,10 @@
 #include <cstring>
 
 #if defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns of its own header
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace puna::PUNA_ISA {
@@ -70,6 +73,9 @@ inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline float reduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float reduce_max(Vec v) { return _mm512_reduce_max_ps(v); }
 inline Vec load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void store_half(uint16_t* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 inline Vec zero_where_less(Vec x, Vec limit, Vec v) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), v);
 }
@@ -111,6 +117,9 @@ inline float reduce_max(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 inline Vec load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store_half(uint16_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 inline Vec zero_where_less(Vec x, Vec limit, Vec v) { return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ), v); }
 using IntVec = __m256i;
 inline IntVec round_to_int(Vec v) { return _mm256_cvtps_epi32(v); }
@@ -162,6 +171,9 @@ inline Vec load_half(const uint16_t* p) {
   const Words finite = bit_cast<Words>(bit_cast<Vec>(magnitude) * 0x1p112f);
   const Words special = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite;
   return bit_cast<Vec>(special | (bits & 0x8000) << 16);
+}
+inline void store_half(uint16_t* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
 }
 inline Vec zero_where_less(Vec x, Vec limit, Vec v) { return x < limit ? Vec{} : v; }
 inline IntVec round_to_int(Vec v) {

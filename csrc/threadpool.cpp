@@ -44,6 +44,8 @@ ThreadPool::~ThreadPool() {
   for (auto& worker : workers_) worker.join();
 }
 
+int ThreadPool::threads() const { return static_cast<int>(workers_.size()) + 1; }
+
 void ThreadPool::run_erased(int64_t count, int64_t grain, const void* context, Erased task) {
   if (count <= 0) return;
   if (grain < 1) grain = 1;

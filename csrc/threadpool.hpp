@@ -21,7 +21,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const;
 
   // Calls task(begin, end, thread) on disjoint ranges that cover [0, count), each of `grain` items (the last may be
   // shorter); thread is 0 … threads() - 1, for scratch memory. Ranges start in ascending order. Returns when all are done.

@@ -320,8 +320,9 @@ class ModelConfig:
             "llama3", factor=scaling.factor, original_max_position_embeddings=8192
         ):
             raise ConfigError(
-                f"rope_scaling of type {scaling.rope_type} cannot be written to Meta's format, which knows only "
-                "that of Llama 3.1 (type llama3, original context 8192, frequency factors 1 and 4); write safetensors or GGUF"
+                f"rope_scaling of type {scaling.rope_type} cannot be written to Meta's format, "
+                "which knows only that of Llama 3.1 (type llama3, original context 8192, frequency factors 1 and 4); "
+                "write safetensors or GGUF instead"
             )
         # Meta's code derives the inner size: int(multiplier * int(8 / 3 * dim)), rounded up to a multiple of
         # multiple_of.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ _FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_c
 class Message:
     """One message of a conversation.
 
-    ``content`` is text, a list of parts such as ``{"type": "text", "text": …}``, or None for an assistant that only calls
-    tools. ``tool_calls`` are ``{"id", "type": "function", "function": {"name", "arguments"}}``; ``arguments`` is a
-    dictionary, or JSON text as OpenAI's clients send it. ``tool_call_id`` and ``name`` say what a ``tool`` message answers.
+    ``content`` is text, a list of parts such as ``{"type": "text", "text": …}``, or None for an assistant that only
+    calls tools. ``tool_calls`` are ``{"id", "type": "function", "function": {"name", "arguments"}}``; arguments that
+    arrive as JSON text, as OpenAI's clients send them, become the object that templates expect. ``tool_call_id`` and
+    ``name`` say what a ``tool`` message answers.
     """
 
     role: str
@@ -105,5 +107,16 @@ def _tool_calls(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
             raise RequestError(f"{where}[{i}] must be an object with function.name and function.arguments")
         if not isinstance(function.get("arguments", {}), (Mapping, str)):
             raise RequestError(f"{where}[{i}].function.arguments must be an object or JSON text")
-        calls.append(dict(call))
+        calls.append({**call, "function": {**function, "arguments": _arguments(function.get("arguments", {}))}})
     return tuple(calls)
+
+
+def _arguments(raw: Mapping[str, Any] | str) -> Mapping[str, Any] | str:
+    """Text that is not a JSON object stays text: a model wrote it, and its words are shown back to it."""
+    if isinstance(raw, str):
+        try:
+            parsed = json.loads(raw)
+        except (ValueError, RecursionError):
+            return raw
+        return parsed if isinstance(parsed, dict) else raw
+    return dict(raw)

@@ -26,29 +26,22 @@ def convert(
     """Read ``source`` and write ``destination``, which appears whole or not at all.
 
     Without ``format_name``, a destination ending in .gguf is GGUF, any other a safetensors folder. ``weight_type``
-    re-encodes the matrices. ``progress`` is called with a tensor's name, how many came before it, and how many there are.
+    re-encodes the matrices. ``progress`` is called with a tensor's name, how many came before it, and how many there
+    are in all.
     Raises CheckpointError when the destination exists and ``overwrite`` is false.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     format_name = format_name or ("gguf" if destination.suffix == ".gguf" else "safetensors")
-    if destination.exists():
-        if not overwrite:
-            raise CheckpointError(f"{destination} exists already; choose another name or ask to overwrite it")
-        if _overlap(source, destination):
-            raise CheckpointError(f"{destination} holds what is being converted; choose another name")
+    occupied = destination.is_file() or (destination.is_dir() and any(destination.iterdir()))
+    if occupied:
+        _check_replaceable(source, destination, overwrite)
     checkpoint = open_checkpoint(source)
     if progress:
         checkpoint = replace(checkpoint, tensors=_Watched(checkpoint.tensors, progress))
-    if not destination.exists():
+    if occupied and destination.is_dir():
+        _replace_folder(destination, lambda fresh: save_checkpoint(checkpoint, fresh, format_name, weight_type))
+    else:
         save_checkpoint(checkpoint, destination, format_name, weight_type)
-        return
-    # Written in full before the old one is touched.
-    fresh = destination.with_name(f".{destination.name}.{uuid4().hex[:8]}.new{destination.suffix}")
-    try:
-        save_checkpoint(checkpoint, fresh, format_name, weight_type)
-        _replace(fresh, destination)
-    finally:
-        _remove(fresh)
 
 
 class _Watched(Mapping[str, Weight]):
@@ -65,6 +58,9 @@ class _Watched(Mapping[str, Weight]):
             self._seen[name] = None
         return self._tensors[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -72,24 +68,29 @@ class _Watched(Mapping[str, Weight]):
         return len(self._tensors)
 
 
-def _overlap(source: Path, destination: Path) -> bool:
-    source, destination = source.resolve(), destination.resolve()
-    return source == destination or destination in source.parents
+def _check_replaceable(source: Path, destination: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise CheckpointError(f"{destination} exists already; choose another name or ask to overwrite it")
+    resolved = source.resolve()
+    if destination.resolve() in (resolved, *resolved.parents):
+        raise CheckpointError(f"{destination} holds what is being converted; choose another name")
+    if destination.is_dir() and not any((destination / name).exists() for name in ("config.json", "params.json")):
+        raise CheckpointError(f"{destination} is a folder, but not of a model; it will not be overwritten")
 
 
-def _replace(fresh: Path, destination: Path) -> None:
-    """Put ``fresh`` in the place of what is there. Folders cannot be exchanged at once, so the old one steps aside."""
+def _replace_folder(destination: Path, write: Callable[[Path], None]) -> None:
+    """Put a new folder in the place of an old one. Folders cannot be exchanged at once, so the old one steps aside."""
+    unique = uuid4().hex[:8]
+    fresh, old = (destination.with_name(f".{destination.name}.{unique}.{role}") for role in ("new", "old"))
     try:
-        old = destination.with_name(f".{destination.name}.{uuid4().hex[:8]}.old")
+        write(fresh)
         destination.rename(old)
         fresh.rename(destination)
-        _remove(old)
     except OSError as error:
         raise CheckpointError(f"cannot replace {destination}: {error}") from error
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if destination.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            old.rename(destination)

@@ -54,7 +54,7 @@ class MetaFormat:
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, weight_type: str | None) -> None:
-        """One consolidated.00.pth, which torch loads; ``weight_type`` is F32, F16, BF16 or None (quantized becomes F16).
+        """One consolidated.00.pth that torch loads; ``weight_type`` is F32, F16, BF16 or None (quantized becomes F16).
 
         The chat template and the special token ids have no place in this format. Raises ConfigError for biases and for
         RoPE scalings that Meta's models do not have.
@@ -70,6 +70,9 @@ class MetaFormat:
             if config.tie_word_embeddings:
                 writer.add_alias(_HEAD, _EMBEDDING)
             writer.close()
+            vocabulary = checkpoint.tokenizer.to_tokenizer_model() if checkpoint.tokenizer else None
+            if vocabulary is not None:
+                (folder / "tokenizer.model").write_bytes(vocabulary)
 
 
 class _Layout:
@@ -86,7 +89,8 @@ class _Layout:
             for name in other:
                 if other.shape(name) != first.shape(name):
                     raise CheckpointError(
-                        f"{other.path}: {name} has shape {other.shape(name)}, but {first.shape(name)} in {first.path.name}"
+                        f"{other.path}: {name} has shape {other.shape(name)}, in {first.path.name} "
+                        f"it has {first.shape(name)}"
                     )
         for needed in (_EMBEDDING, "layers.0.feed_forward.w1.weight"):
             if needed not in first:
@@ -158,6 +162,9 @@ class _MetaTensors(Mapping[str, Weight]):
                 meta, layout.shapes[meta], parts[0].type, np.concatenate([p.data for p in parts], axis=axis)
             )
         return to_half_split(weight.rename(name), layout.config)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layout.meta
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layout.meta)

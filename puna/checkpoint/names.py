@@ -99,6 +99,11 @@ def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], sou
         raise CheckpointError(
             f"{source}: the configuration says {config.num_hidden_layers} layers, the file has {len(found)} tensors"
         )
+    if config.num_hidden_layers > len(found):  # before a damaged count makes a list of billions of names
+        raise CheckpointError(
+            f"{source}: {len(found)} tensors are too few for a model of {config.num_hidden_layers} layers; "
+            "the file is incomplete"
+        )
     expected = hf_names(config)
     for name, shape in expected.items():
         if name not in found:

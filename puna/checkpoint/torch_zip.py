@@ -72,6 +72,9 @@ class TorchFile(Mapping[str, Weight]):
             data = np.ascontiguousarray(units).reshape(*shape[:-1], kind.row_bytes(shape[-1]))
         return Weight(name, shape, kind, data)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

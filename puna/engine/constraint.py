@@ -41,10 +41,15 @@ class ConstraintCompiler:
         self._tokenizer = LLTokenizer(TokenizerWrapper(adapter), eos_token=adapter.eos_ids)
         self._vocab_size = vocab_size
 
-    def json_schema(self, schema: Mapping[str, Any] | bool | str) -> Constraint:
+    def json_schema(self, schema: Mapping[str, Any] | str) -> Constraint:
         """Any JSON text that is valid under the schema. Raises RequestError with what is wrong or unsupported in it."""
-        text = schema if isinstance(schema, str) else json.dumps(schema)
-        return self._compile("JSON schema", partial(LLMatcher.grammar_from_json_schema, text))
+        try:
+            text = schema if isinstance(schema, str) else json.dumps(schema)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"the JSON schema is not JSON: {error}") from None
+        # Without a bound, a small model may go on with blanks until the context is full.
+        whitespace = {"whitespace_pattern": r"[ \t\r\n]{0,40}"}
+        return self._compile("JSON schema", partial(LLMatcher.grammar_from_json_schema, text, overrides=whitespace))
 
     def json_object(self) -> Constraint:
         """Any JSON object."""
@@ -154,5 +159,6 @@ class _TokenizerAdapter:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """What llguidance says, without the dump of its state below."""
-    return str(matcher.get_error()).split("\n<state>")[0].strip()
+    """What llguidance says, in one line and without the dump of its state that follows."""
+    message = str(matcher.get_error()).split("\n<state>")[0]
+    return " ".join(message.split())[:400]

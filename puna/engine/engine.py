@@ -167,6 +167,12 @@ class Stream:
         self._events.append(event)
         self._ended = event.finish_reason is not None
 
+    def take(self) -> list[Event]:
+        """The events that have come since the last look, without stepping the engine."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
     def __iter__(self) -> Iterator[Event]:
         return self
 

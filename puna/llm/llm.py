@@ -13,10 +13,10 @@ import psutil
 from numpy.typing import NDArray
 
 from puna.chat.builtin import builtin_template
-from puna.chat.messages import Message
+from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
 from puna.chat.template import ChatTemplate
-from puna.checkpoint import Checkpoint, open_checkpoint
+from puna.checkpoint import open_checkpoint
 from puna.engine import Constraint, Engine, Request, SamplingParams
 from puna.errors import RequestError, TokenizerError
 from puna.llm import scoring
@@ -51,11 +51,13 @@ class LLM:
         tokenizer: Tokenizer,
         *,
         chat_template: str | None = None,
+        system: str | None = None,
         defaults: Mapping[str, Any] | None = None,
         context_length: int | None = None,
     ) -> None:
-        """Prefer ``LLM.load``. ``defaults`` are sampling parameters that the model's author chose."""
+        """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none."""
         self.model = model
+        self.system = system
         self.config = model.config
         self.tokenizer = tokenizer
         self.defaults = dict(defaults or {})
@@ -84,44 +86,20 @@ class LLM:
         ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to the
         physical cores. ``ops``: ``native`` or ``reference``. Raises StoreError, CheckpointError, ConfigError, TokenizerError.
         """
-        found = resolve(str(name_or_path))
+        found = resolve(name_or_path)
         checkpoint = open_checkpoint(found.path)
-        template, defaults = checkpoint.chat_template, {}
-        if found.manifest is not None:
-            template = found.manifest.template or template
-            defaults = found.manifest.parameters
-        llm = cls.from_checkpoint(
-            checkpoint,
-            chat_template=template,
-            defaults=defaults,
-            context_length=context_length,
-            threads=threads,
-            ops=ops,
-            on_tensor=on_tensor,
-        )
-        return llm
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        checkpoint: Checkpoint,
-        *,
-        chat_template: str | None = None,
-        defaults: Mapping[str, Any] | None = None,
-        context_length: int | None = None,
-        threads: int | None = None,
-        ops: str | None = None,
-        on_tensor: Callable[[str], None] | None = None,
-    ) -> LLM:
-        """From an open checkpoint. Raises TokenizerError when it has no tokenizer."""
-        if checkpoint.tokenizer is None:
-            raise TokenizerError("the model has no tokenizer; put its tokenizer.json or tokenizer.model beside the weights")
-        model = Model.bind(make_ops(ops, threads), checkpoint.config, checkpoint.tensors, on_tensor)
+        tokenizer = checkpoint.tokenizer
+        if tokenizer is None:
+            raise TokenizerError(
+                f"{found.path} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the weights"
+            )
+        manifest = found.manifest
         return cls(
-            model,
-            checkpoint.tokenizer,
-            chat_template=chat_template or checkpoint.chat_template,
-            defaults=defaults,
+            Model.bind(make_ops(ops, threads), checkpoint.config, checkpoint.tensors, on_tensor),
+            tokenizer,
+            chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
+            system=manifest.system if manifest else None,
+            defaults=manifest.parameters if manifest else None,
             context_length=context_length,
         )
 
@@ -253,7 +231,10 @@ class LLM:
         self, messages: Sequence[Message | Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> Prompt:
         """The exact text and token ids that ``chat`` gives to the model, and where each came from."""
-        return render_prompt(self.template, self.tokenizer, messages, tools=tools)
+        parsed = parse_messages(messages)
+        if self.system is not None and not any(message.role == "system" for message in parsed):
+            parsed.insert(0, Message("system", self.system))
+        return render_prompt(self.template, self.tokenizer, parsed, tools=tools)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32[T, V]: row t holds the scores of the token after ``ids[t]``.

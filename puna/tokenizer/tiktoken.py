@@ -1,4 +1,4 @@
-"""Meta's tokenizer.model from Llama 3 on: one line ``base64-of-token rank`` for each token; the rank is id and priority.
+"""Meta's tokenizer.model from Llama 3 on: a line ``base64-of-token rank`` for each token; its rank is id and priority.
 
 Control tokens and the cutting pattern are not in the file; they follow from the release, known by its number of ranks.
 Source: meta-llama/llama-models, ``models/llama3/tokenizer.py`` and ``models/llama4/tokenizer.py`` (names and order).
@@ -6,6 +6,7 @@ Source: meta-llama/llama-models, ``models/llama3/tokenizer.py`` and ``models/lla
 
 from __future__ import annotations
 
+import base64
 import binascii
 
 from puna.errors import TokenizerError
@@ -58,7 +59,10 @@ def looks_like_ranks(data: bytes) -> bool:
 
 
 def read_ranks(data: bytes) -> Vocabulary:
-    """Parse tiktoken ranks; 200,000 of them are Llama 4's, any other number is taken as Llama 3's. Raises TokenizerError."""
+    """Parse tiktoken ranks: 200,000 of them are Llama 4's, any other number is treated as Llama 3's.
+
+    Raises TokenizerError.
+    """
     tokens: list[bytes] = []
     for number, line in enumerate(data.splitlines(), 1):
         parts = line.split()
@@ -95,29 +99,38 @@ def read_ranks(data: bytes) -> Vocabulary:
 def write_ranks(vocabulary: Vocabulary) -> bytes | None:
     """The ranks file of a vocabulary; None where reading it back would not give the same ids.
 
-    The ordinary tokens must come first and be merged in the order of their ids, followed by control tokens only.
+    The ordinary tokens must come first, be merged in the order of their ids, and be followed by the release's control
+    tokens. A control token may be called reserved where Meta's list has a name: 3.0, 3.1 and 3.2 differ in that.
     """
     count = vocabulary.types.count(TokenType.NORMAL)
-    if any(kind != TokenType.NORMAL for kind in vocabulary.types[:count]):
+    pieces, control = vocabulary.pieces[:count], vocabulary.pieces[count:]
+    kinds = [int(TokenType.NORMAL)] * count + [int(TokenType.CONTROL)] * len(control)
+    is_llama4 = count == _LLAMA4_RANKS
+    special = _llama4_special_tokens() if is_llama4 else _llama3_special_tokens()
+    if vocabulary.types != kinds or not vocabulary.ignore_merges or len(control) > len(special):
         return None
-    if any(kind != TokenType.CONTROL for kind in vocabulary.types[count:]) or not vocabulary.ignore_merges:
+    if any(name != meta and "reserved" not in name for name, meta in zip(control, special, strict=False)):
         return None
-    if vocabulary.splits != (LLAMA4_SPLITS if count == _LLAMA4_RANKS else LLAMA3_SPLITS):
+    if vocabulary.splits != (LLAMA4_SPLITS if is_llama4 else LLAMA3_SPLITS):
         return None
-    pieces = vocabulary.pieces[:count]
-    if not all(CHAR_TO_BYTE.keys() >= set(piece) for piece in pieces):
-        return None
-    if derive_merges(pieces) != vocabulary.merges:
+    if not set().union(*pieces) <= CHAR_TO_BYTE.keys() or not _merged_by_rank(pieces, vocabulary.merges):
         return None
     lines = (
-        binascii.b2a_base64(bytes(CHAR_TO_BYTE[char] for char in piece), newline=False) + b" %d\n" % rank
+        base64.b64encode(bytes(CHAR_TO_BYTE[char] for char in piece)) + b" %d\n" % rank
         for rank, piece in enumerate(pieces)
     )
     return b"".join(lines)
 
 
+def _merged_by_rank(pieces: list[str], merges: list[tuple[str, str]]) -> bool:
+    """Whether the merges are all that the ranks imply, in the order of the formed token's rank."""
+    rank = {piece: i for i, piece in enumerate(pieces)}
+    order = [rank.get(left + right, -1) for left, right in merges]
+    return order == sorted(order) and set(merges) == set(derive_merges(pieces))
+
+
 def _base64(text: bytes) -> bytes | None:
     try:
-        return binascii.a2b_base64(text, strict_mode=True)
+        return base64.b64decode(text, validate=True)
     except binascii.Error:
         return None

@@ -31,8 +31,8 @@ _END_TOKENS = (
 class Tokenizer:
     """One model's tokenizer, built from a ``Vocabulary``. Immutable, and safe to share between threads.
 
-    Control tokens are never found in text unless ``parse_special`` asks for it: the library underneath doesn't know them.
-    Raises TokenizerError when the vocabulary can't be used.
+    Control tokens are never found in text unless ``parse_special`` asks for it: the library underneath doesn't know
+    them. Raises TokenizerError when the vocabulary can't be used.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -67,10 +67,7 @@ class Tokenizer:
             if self.bos_id is None:
                 raise TokenizerError("add_bos: this tokenizer has no beginning-of-sequence token")
             ids.append(self.bos_id)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = _without_surrogates(text)
         if not parse_special:
             self._encode_segment(text, True, ids)
             return ids
@@ -83,11 +80,23 @@ class Tokenizer:
             at_start = False
         return ids
 
+    def encode_segments(self, segments: Iterable[str | int]) -> list[list[int]]:
+        """The ids of each segment of one text: stretches of plain text, and control tokens that were chosen by id."""
+        encoded: list[list[int]] = []
+        for segment in segments:
+            ids: list[int] = []
+            if isinstance(segment, int):
+                ids.append(segment)
+            else:
+                self._encode_segment(_without_surrogates(segment), not encoded, ids)
+            encoded.append(ids)
+        return encoded
+
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         """The text of ``ids`` as UTF-8 bytes; the last character may be incomplete.
 
-        The inverse of ``encode(text, parse_special=True)``: the space that encode puts before a text segment is taken off.
-        ``skip_special`` leaves control tokens out. To continue a text, use ``token_bytes``, which takes nothing off.
+        The inverse of ``encode(text, parse_special=True)``: the space that encode puts before a text segment is taken
+        off. ``skip_special`` leaves control tokens out. To continue a text, use ``token_bytes``: it takes nothing off.
 
         Raises TokenizerError for an id outside the vocabulary.
         """
@@ -138,7 +147,7 @@ class Tokenizer:
         return huggingface.to_tokenizer_config(self.vocabulary)
 
     def to_tokenizer_model(self) -> bytes | None:
-        """The contents of Meta's tokenizer.model (SentencePiece or tiktoken ranks), or None if that can't express it."""
+        """The contents of a tokenizer.model (SentencePiece or tiktoken ranks), or None where that can't express it."""
         if self.vocabulary.kind == "bpe":
             return tiktoken.write_ranks(self.vocabulary)
         return sentencepiece.write_model(self.vocabulary)
@@ -163,7 +172,7 @@ class Tokenizer:
             if token is not None:
                 ids.append(token)
             else:
-                ids.extend(self._library.encode(part, add_special_tokens=False).ids)
+                ids.extend(self._library.encode_batch_fast([part], add_special_tokens=False)[0].ids)  # no offsets
 
     def _with_spaces_marked(self, text: str, at_start: bool) -> str:
         """SentencePiece's normalization: character map, whitespace, the space before the text, ▁ for each space."""
@@ -171,8 +180,10 @@ class Tokenizer:
         if self._charsmap is not None:
             text = self._charsmap.normalize_str(text)
         if rules.remove_extra_whitespaces:
-            text = re.sub(" {2,}", " ", text).strip(" ")
+            text = re.sub(" {2,}", " ", text).lstrip(" ")
         text = text.replace(" ", SPACE)
+        if rules.remove_extra_whitespaces:
+            text = text.rstrip(SPACE)
         if not text or rules.space_prefix == "never" or (rules.space_prefix == "first" and not at_start):
             return text
         if rules.space_prefix != "segment" and text.startswith(SPACE):
@@ -206,6 +217,9 @@ def _build_library(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
             cuts: list[Any] = [pre_tokenizers.Split(Regex(split), "isolated") for split in vocabulary.splits]
             cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
             library.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+        elif SPACE in visible and not any(SPACE in piece.lstrip(SPACE) for piece in visible):
+            # No token spans the start of a word, so words can be merged (and cached) one by one: four times as fast.
+            library.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+"), "isolated")
     except Exception as error:  # the library raises bare Exception
         raise TokenizerError(f"the vocabulary is inconsistent: {error}") from error
     return library
@@ -240,6 +254,15 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str] | None:
     """A pattern for any of the words, the longest first."""
     ordered: Sequence[str] = sorted((word for word in words if word), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _without_surrogates(text: str) -> str:
+    """Surrogates that pair up joined, a lone one as U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _cut(text: str, pattern: re.Pattern[str] | None, ids: dict[str, int]) -> Iterator[tuple[str, int | None]]:

@@ -28,7 +28,7 @@ class TokenType(IntEnum):
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte: itself where it is printable Latin-1, else the next one from U+0100."""
+    """GPT-2's character for each byte: itself where it is printable Latin-1, else the next one from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
@@ -50,16 +50,16 @@ class Vocabulary:
 
     ``kind``: ``bpe`` (byte-level BPE: GPT-2, Llama 3 and 4), ``spm`` (SentencePiece BPE: Llama 1 and 2) or ``unigram``
     (SentencePiece unigram). ``pieces`` are spelled in GPT-2's byte alphabet (bpe) or with ▁ for a space (the others);
-    control tokens are literal text. ``scores`` (SentencePiece only): a higher score merges earlier. ``merges``: pairs of
-    pieces, first one first (not unigram).
+    control tokens are literal text. ``scores`` (SentencePiece only): a higher score merges earlier. ``merges``: pairs
+    of pieces, first one first (not unigram).
 
-    ``splits`` (bpe): regular expressions that cut the text one after another before merging. ``ignore_merges``: a cut that
-    is itself a token is taken whole, as tiktoken does.
+    ``splits`` (bpe): regular expressions that cut the text, one after another, before merging. ``ignore_merges``: a cut
+    that is itself a token is taken whole, as tiktoken does.
 
-    ``space_prefix`` (SentencePiece) says where a space is put before text: ``segment``, at the start and after each parsed
-    control token (SentencePiece itself, Meta's code, llama.cpp); ``metaspace``, the same unless a space is there already;
-    ``first``, as metaspace but only at the start; ``never``. ``charsmap`` and ``remove_extra_whitespaces`` are
-    SentencePiece's normalizer. ``add_bos``: whether the model expects ``bos_id`` before text.
+    ``space_prefix`` (SentencePiece) says where a space is put before text: ``segment``, at the start and after each
+    parsed control token (SentencePiece itself, Meta's code, llama.cpp); ``metaspace``, the same unless a space is there
+    already; ``first``, as metaspace but only at the start (transformers with legacy=False); ``never``. ``charsmap`` and
+    ``remove_extra_whitespaces`` are SentencePiece's normalizer. ``add_bos``: whether the model wants ``bos_id`` first.
 
     Raises TokenizerError when the parts don't fit together.
     """
@@ -133,17 +133,18 @@ def byte_value(piece: str) -> int:
 def derive_merges(by_priority: Iterable[str]) -> list[tuple[str, str]]:
     """Every pair of pieces that forms another piece, in the order of the formed piece's priority.
 
-    This gives the ids of SentencePiece and of tiktoken exactly, although they have one priority for each piece and not for
-    each pair: two neighbours that form a piece are always the two that this piece, alone, would be reduced to, since
-    no merge has crossed their outer borders; so of a piece's pairs only one ever occurs. Priorities must be distinct.
+    This gives the ids of SentencePiece and of tiktoken exactly, although they have one priority for each piece and not
+    for each pair: two neighbours that form a piece are always the two that this piece, alone, would be reduced to,
+    since no merge has crossed their outer borders; so of a piece's pairs only one ever occurs. Priorities must be
+    distinct.
     """
     pieces = list(by_priority)
     known = set(pieces)
     return [
-        (piece[:cut], piece[cut:])
+        (left, right)
         for piece in pieces
         for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
+        if (left := piece[:cut]) in known and (right := piece[cut:]) in known
     ]
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tiny_models import tiny_config
 
 from puna.config import ModelConfig
 from puna.ops.protocol import Batch, Sampled, SamplingRow
 from puna.ops.reference_sampling import sample_rows
-from tiny_models import tiny_config
 
 
 @dataclass

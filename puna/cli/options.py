@@ -1,0 +1,78 @@
+"""Options that several commands share, and how their values become sampling parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from puna.errors import RequestError
+
+if TYPE_CHECKING:
+    from puna.engine import Constraint
+    from puna.llm import LLM
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+threads_option: Decorator = click.option(
+    "--threads", type=click.IntRange(1), help="Threads to compute with (default: physical cores)."
+)
+ops_option: Decorator = click.option("--ops", type=click.Choice(["native", "reference"]), help="Implementation to run on.")
+json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+context_option: Decorator = click.option(
+    "--context-length", type=click.IntRange(1), help="Tokens of prompt and answer together (default: the model's, up to 8192)."
+)
+
+# Option name, SamplingParams field, type, help. Names are ollama's where it has one.
+SAMPLING: list[tuple[str, str, Any, str]] = [
+    ("--temperature", "temperature", click.FloatRange(0), "0: always the most probable token."),
+    ("--num-predict", "max_tokens", int, "At most this many tokens of answer (-1: until the context is full)."),
+    ("--seed", "seed", int, "Makes a sampled answer repeatable."),
+    ("--top-k", "top_k", click.IntRange(0), "Choose among this many tokens (0: all)."),
+    ("--top-p", "top_p", click.FloatRange(0, 1), "Choose among the most probable tokens that sum to this."),
+    ("--min-p", "min_p", click.FloatRange(0, 1), "Drop tokens less probable than this share of the best."),
+    ("--typical-p", "typical_p", click.FloatRange(0, 1), "Locally typical sampling."),
+    ("--repeat-penalty", "repeat_penalty", float, "Above 1 discourages repetition."),
+    ("--repeat-last-n", "repeat_last_n", click.IntRange(-1), "Tokens that penalties look back on (-1: all)."),
+    ("--presence-penalty", "presence_penalty", float, "Added once for a token that occurred."),
+    ("--frequency-penalty", "frequency_penalty", float, "Added for each time a token occurred."),
+]
+
+
+def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds every sampling option to a command."""
+    for flag, field, kind, text in reversed(SAMPLING):
+        function = click.option(flag, field, type=kind, help=text)(function)
+    return click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")(function)
+
+
+def sampling_values(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of SamplingParams that the user set."""
+    values = {field: options[field] for _, field, _, _ in SAMPLING if options.get(field) is not None}
+    if values.get("max_tokens", 0) < 0:
+        values["max_tokens"] = None
+    if options.get("stop"):
+        values["stop"] = tuple(options["stop"])
+    return values
+
+
+def format_constraint(llm: LLM, text: str | None) -> Constraint | None:
+    """``--format``: the word json, a JSON schema, or a file that holds one. Raises RequestError when it is none of these."""
+    if text is None:
+        return None
+    if text == "json":
+        return llm.constraints.json_object()
+    if not text.lstrip().startswith("{"):
+        path = Path(text)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise RequestError(f"--format must be json, a JSON schema, or a file with one; cannot read {path}") from None
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"--format: the schema is not valid JSON: {error}") from None
+    return llm.constraints.json_schema(schema)

@@ -1,0 +1,134 @@
+"""``puna run``: one answer, or a conversation."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from puna.cli.options import (
+    context_option,
+    format_constraint,
+    json_option,
+    ops_option,
+    sampling_options,
+    sampling_values,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from puna.engine import Timings
+    from puna.llm import LLM, Chunk
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt", nargs=-1)
+@click.option("--system", help="System prompt.")
+@click.option("--format", "answer_format", help="json, a JSON schema, or a file with one: the answer will follow it.")
+@click.option("--raw", is_flag=True, help="Continue the prompt's text itself, without the chat template.")
+@click.option("--explain-prompt", is_flag=True, help="Show the exact prompt, its token ids and where each came from.")
+@click.option("--verbose", is_flag=True, help="Print timings after each answer.")
+@sampling_options
+@context_option
+@threads_option
+@ops_option
+@json_option
+def run(
+    model: str,
+    prompt: tuple[str, ...],
+    system: str | None,
+    answer_format: str | None,
+    raw: bool,
+    explain_prompt: bool,
+    verbose: bool,
+    context_length: int | None,
+    threads: int | None,
+    ops: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer PROMPT with MODEL, or open a chat when there is none.
+
+    What is piped in is added to the prompt: cat notes.txt | puna run smollm2 "Summarise this:"
+    """
+    from puna.llm import LLM
+
+    text = _with_piped_input(" ".join(prompt))
+    started = time.perf_counter()
+    llm = LLM.load(model, context_length=context_length, threads=threads, ops=ops)
+    load_seconds = time.perf_counter() - started
+    values = sampling_values(options)
+    if text is None:
+        from puna.cli.repl import Repl
+
+        Repl(llm, model, system=system, answer_format=answer_format, sampling=values, verbose=verbose).run()
+        return
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    if explain_prompt:
+        from puna.cli.explain import explain
+
+        explain(llm, messages, raw_text=text if raw else None, as_json=as_json)
+        return
+    values["constraint"] = format_constraint(llm, answer_format)
+    if raw or not llm.has_template:
+        chunks = llm.generate(text, stream=True, **values)
+    else:
+        chunks = llm.chat(messages, stream=True, **values)
+    answer, last = show_answer(chunks, quiet=as_json)
+    assert last.timings is not None
+    if as_json:
+        summary = {"model": model, "response": answer, "finish_reason": last.finish_reason}
+        click.echo(json.dumps(summary | timing_facts(last.timings, load_seconds), ensure_ascii=False))
+    elif verbose:
+        print_timings(last.timings, load_seconds)
+
+
+def show_answer(chunks: Iterator[Chunk], *, quiet: bool = False) -> tuple[str, Chunk]:
+    """Print an answer as it comes; give its text and its last chunk."""
+    pieces = []
+    for chunk in chunks:
+        pieces.append(chunk.text)
+        if not quiet and chunk.text:
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+    if not quiet:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return "".join(pieces), chunk
+
+
+def timing_facts(timings: Timings, load_seconds: float) -> dict[str, Any]:
+    """Seconds, counts and rates of one answer."""
+    computed = timings.prompt_tokens - timings.cached_tokens
+    return {
+        "load_seconds": round(load_seconds, 4),
+        **{name: round(value, 4) for name, value in asdict(timings).items()},
+        "prefill_tokens_per_second": _rate(computed, timings.prefill_seconds),
+        # The first token comes out of the prefill, so decoding made one less.
+        "decode_tokens_per_second": _rate(timings.generated_tokens - 1, timings.decode_seconds),
+    }
+
+
+def print_timings(timings: Timings, load_seconds: float | None = None) -> None:
+    """The timings as lines on standard error."""
+    for name, value in timing_facts(timings, load_seconds or 0.0).items():
+        if name != "load_seconds" or load_seconds is not None:
+            click.echo(f"{name.replace('_', ' ') + ':':27}{value}", err=True)
+
+
+def _rate(tokens: int, seconds: float) -> float | None:
+    return round(tokens / seconds, 2) if tokens > 0 and seconds > 0 else None
+
+
+def _with_piped_input(prompt: str) -> str | None:
+    """The prompt and what is piped in, or None when there is neither."""
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip("\n")
+    return "\n\n".join(part for part in (prompt, piped) if part) or None

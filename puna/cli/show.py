@@ -1,0 +1,88 @@
+"""``puna show``: what a model is, read from its files without loading them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import click
+
+from puna.cli.options import json_option
+from puna.cli.progress import human_bytes
+
+
+@click.command()
+@click.argument("model")
+@click.option("--template", "part", flag_value="template", help="Only the chat template.")
+@click.option("--system", "part", flag_value="system", help="Only the system prompt.")
+@click.option("--parameters", "part", flag_value="parameters", help="Only the default parameters.")
+@click.option("--license", "--licence", "part", flag_value="licence", help="Only the licence.")
+@json_option
+def show(model: str, part: str | None, as_json: bool) -> None:
+    """Show what MODEL is: its shape, encoding, licence, template and defaults."""
+    facts = model_facts(model)
+    if part is not None:
+        facts = {part: facts[part]}
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    elif part is not None:
+        value = facts[part]
+        click.echo("\n".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value or "")
+    else:
+        for section, values in facts.items():
+            if values:
+                _print_section(section, values)
+
+
+def model_facts(model: str) -> dict[str, Any]:
+    """Everything there is to say about a model, as JSON values by section."""
+    from puna.checkpoint import open_checkpoint
+    from puna.model.shapes import flops_per_token, kv_bytes_per_token, parameter_count
+    from puna.store import resolve
+
+    found = resolve(model)
+    checkpoint = open_checkpoint(found.path)
+    config, manifest = checkpoint.config, found.manifest
+    types = Counter[str]()
+    total_bytes = 0
+    for weight in checkpoint.tensors.values():
+        types[weight.type.name] += 1
+        total_bytes += weight.nbytes
+    parameters = parameter_count(config)
+    scaling = config.rope_scaling
+    return {
+        "model": {
+            "architecture": config.architecture,
+            "parameters": parameters,
+            "context length": config.max_position_embeddings,
+            "embedding length": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}",
+            "vocabulary": config.vocab_size,
+            "rope": f"theta {config.rope_theta:g}" + (f", {scaling.rope_type} × {scaling.factor:g}" if scaling else ""),
+            "types": ", ".join(f"{name} × {count}" for name, count in types.most_common()),
+            "bits per weight": round(8 * total_bytes / parameters, 2),
+            "cache per token": f"{human_bytes(kv_bytes_per_token(config))} at 16 bits",
+            "operations per token": f"{flops_per_token(config, 1) / 1e9:.2f} GFLOP",
+        },
+        "file": {"path": str(found.path), "size": manifest.size if manifest else total_bytes},
+        "licence": (manifest.licence if manifest else None) or checkpoint.description.get("license"),
+        "parameters": dict(manifest.parameters) if manifest else {},
+        "system": manifest.system if manifest else None,
+        "template": (manifest.template if manifest else None) or checkpoint.chat_template,
+        "lineage": vars(manifest.lineage) if manifest and manifest.lineage else None,
+    }
+
+
+def _print_section(section: str, values: Any) -> None:
+    click.echo(f"  {section.capitalize()}")
+    if isinstance(values, dict):
+        width = max(map(len, values))
+        for name, value in values.items():
+            shown = f"{value:,}" if isinstance(value, int) else value
+            click.echo(f"    {name.ljust(width)}  {shown}")
+    else:
+        for line in str(values).splitlines():
+            click.echo(f"    {line}")
+    click.echo()

@@ -1,0 +1,1 @@
+"""The Llama forward, and what a configuration says of a model."""

@@ -1,0 +1,39 @@
+"""One remote file into the store's staging place."""
+
+from __future__ import annotations
+
+import hashlib
+
+from puna.errors import SourceError, StoreError
+from puna.store.blobs import Blobs
+from puna.store.disk import disk_errors
+from puna.store.http_download import Http, Remote, shown
+from puna.store.importing import check_magic
+from puna.store.manifest import StoredFile
+from puna.store.progress import Progress
+
+
+def fetch(blobs: Blobs, http: Http, remote: Remote, progress: Progress) -> StoredFile:
+    """Download a file unless its bytes are here, and stage it. Two processes asking for the same file share the work.
+
+    Raises SourceError, StoreError.
+    """
+    identity = remote.sha256 or hashlib.sha256(remote.url.encode()).hexdigest()
+
+    def on_wait() -> None:
+        progress.status(f"waiting for another Puna process that is downloading {remote.file}")
+
+    with disk_errors(blobs.partial), blobs.receiving(identity, on_wait) as part:
+        if remote.sha256 and remote.size is not None:
+            stored = StoredFile(remote.file, remote.sha256, remote.size)
+            if blobs.present(stored):
+                return stored
+        sha256, size = http.download(remote, part, progress)
+        if remote.file.lower().endswith(".gguf"):
+            try:
+                check_magic(part, shown(remote.url))
+            except StoreError as error:
+                part.unlink()
+                raise SourceError(str(error)) from None
+        blobs.stage(part, sha256)
+    return StoredFile(remote.file, sha256, size)

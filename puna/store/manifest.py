@@ -1,0 +1,177 @@
+"""What the store knows of one model: its files by digest, and how it is meant to be used."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timezone
+from hashlib import sha256
+from typing import Any
+
+from puna.errors import StoreError
+from puna.store.names import ModelName
+
+SCHEMA = 1
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a model: its name in the checkpoint, its sha256 as 64 hexadecimal digits, its size in bytes."""
+
+    file: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a derived model came from: its parent, and how it was made (``quantize``, ``import``, ``lora`` …)."""
+
+    parent: str
+    method: str
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A stored model.
+
+    ``files`` is one GGUF, the parts of a split one, or the files of a checkpoint folder. ``template`` and ``system``
+    override what the files say; ``parameters`` are defaults for generation (``temperature``, ``stop`` …). ``licence``
+    is an identifier. ``source`` says where the files came from; ``created`` is UTC in ISO 8601.
+    """
+
+    name: str
+    tag: str
+    files: tuple[StoredFile, ...]
+    template: str | None = None
+    system: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    licence: str | None = None
+    source: str | None = None
+    lineage: Lineage | None = None
+    created: str = field(default_factory=_now)
+
+    @property
+    def model_name(self) -> ModelName:
+        return ModelName(self.name, self.tag)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def is_gguf(self) -> bool:
+        return all(file.file.endswith(".gguf") for file in self.files)
+
+    @property
+    def content_digest(self) -> str:
+        """A digest of the files and their names: equal for two names of the same model."""
+        lines = sorted(f"{file.sha256} {file.file}" for file in self.files)
+        return sha256("\n".join(lines).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The manifest as it is stored."""
+        raw: dict[str, Any] = {"schema": SCHEMA}
+        raw |= {f.name: getattr(self, f.name) for f in fields(self)}
+        raw["files"] = [vars(file) for file in self.files]
+        raw["parameters"] = dict(self.parameters)
+        raw["lineage"] = None if self.lineage is None else vars(self.lineage)
+        return json.dumps(raw, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Read a stored manifest; ``where`` names it in errors. Raises StoreError when it is damaged or too new."""
+        reader = _Reader(where)
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError):
+            raise reader.error("it is not valid JSON") from None
+        if not isinstance(raw, dict):
+            raise reader.error("it is not a JSON object")
+        schema = raw.pop("schema", None)
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise StoreError(f"{where} was written by a newer version of Puna (schema {schema}); update this one")
+        reader.check("schema", schema == SCHEMA)
+        unknown = raw.keys() - {f.name for f in fields(cls)}
+        reader.check(", ".join(sorted(map(repr, unknown))), not unknown)
+        return cls(
+            name=reader.text(raw, "name"),
+            tag=reader.text(raw, "tag"),
+            files=reader.files(raw.get("files")),
+            template=reader.optional_text(raw, "template"),
+            system=reader.optional_text(raw, "system"),
+            parameters=reader.parameters(raw.get("parameters")),
+            licence=reader.optional_text(raw, "licence"),
+            source=reader.optional_text(raw, "source"),
+            lineage=reader.lineage(raw.get("lineage")),
+            created=reader.text(raw, "created"),
+        )
+
+
+class _Reader:
+    """Typed access to parsed JSON, naming the manifest and the field when something is wrong."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def error(self, problem: str) -> StoreError:
+        return StoreError(f"the manifest {self.where} is damaged: {problem}; remove the model and pull it again")
+
+    def check(self, key: str, good: bool) -> None:
+        if not good:
+            raise self.error(f"unexpected value of {key}" if key else "unexpected value")
+
+    def text(self, raw: Mapping[str, Any], key: str) -> str:
+        value = raw.get(key)
+        if not isinstance(value, str):
+            raise self.error(f"{key} is not a string")
+        return value
+
+    def optional_text(self, raw: Mapping[str, Any], key: str) -> str | None:
+        return None if raw.get(key) is None else self.text(raw, key)
+
+    def files(self, raw: Any) -> tuple[StoredFile, ...]:
+        if not isinstance(raw, list) or not raw:
+            raise self.error("files is not a list of at least one file")
+        files = []
+        for item in raw:
+            good = isinstance(item, dict) and item.keys() == {"file", "sha256", "size"}
+            self.check("files", good)
+            file, digest, size = self.text(item, "file"), self.text(item, "sha256"), item["size"]
+            self.check(f"the file name {file!r}", is_file_name(file))
+            self.check(f"the digest of {file}", _DIGEST.fullmatch(digest) is not None)
+            self.check(f"the size of {file}", isinstance(size, int) and not isinstance(size, bool) and size >= 0)
+            files.append(StoredFile(file, digest, size))
+        self.check("files (a name occurs twice)", len({file.file for file in files}) == len(files))
+        return tuple(files)
+
+    def parameters(self, raw: Any) -> dict[str, Any]:
+        if not isinstance(raw, dict):
+            raise self.error("parameters is not an object")
+        for key, value in raw.items():
+            values = value if isinstance(value, list) else [value]
+            good = all(isinstance(v, (bool, int, float, str)) for v in values)
+            good = good and all(math.isfinite(v) for v in values if isinstance(v, float))
+            self.check(f"parameters.{key}", good)
+        return raw
+
+    def lineage(self, raw: Any) -> Lineage | None:
+        if raw is None:
+            return None
+        self.check("lineage", isinstance(raw, dict) and raw.keys() == {"parent", "method"})
+        return Lineage(self.text(raw, "parent"), self.text(raw, "method"))
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file may have that name in the store: no folders, no hidden files, only harmless characters."""
+    return _FILE.fullmatch(name) is not None

@@ -1,0 +1,55 @@
+"""From what a user calls a model to the file or folder to open."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from puna.errors import StoreError
+from puna.store.manifest import Manifest
+from puna.store.store import Store
+
+MODEL_SUFFIXES = (".gguf", ".safetensors")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """``path`` is what ``open_checkpoint`` takes; ``manifest`` is None for a file or folder outside the store."""
+
+    path: Path
+    manifest: Manifest | None
+
+
+def resolve(name_or_path: str | os.PathLike[str], store: Store | None = None) -> ResolvedModel:
+    """Find a model by name, or by the path of a .gguf file or checkpoint folder.
+
+    An existing path wins when it has a separator or a weights file's suffix; everything else is a name in the store.
+    Raises StoreError when there is neither, saying how to get the model or which names are near.
+    """
+    path = existing_path(name_or_path)
+    if path is not None:
+        return ResolvedModel(path, None)
+    text = os.fspath(name_or_path)
+    store = store or Store()
+    try:
+        manifest = store.find(text)
+    except StoreError as error:
+        if os.path.exists(text):
+            raise StoreError(f"{error} (for the folder or file of that name here, write ./{text})") from None
+        raise
+    return ResolvedModel(store.path_of(manifest), manifest)
+
+
+def existing_path(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """The path that is meant, or None for a name. Raises StoreError for what can only be a path, and does not exist."""
+    text = os.fspath(name_or_path)
+    path = Path(text).expanduser()
+    only_a_path = not isinstance(name_or_path, str) or text.startswith((".", "~")) or path.is_absolute()
+    suffixed = path.suffix.lower() in MODEL_SUFFIXES and ":" not in text  # owner/name:file.gguf is a name
+    if only_a_path or suffixed or "/" in text or os.sep in text:
+        if path.exists():
+            return path
+        if only_a_path or suffixed:
+            raise StoreError(f"{path} does not exist; give a .gguf file, a checkpoint folder, or a model's name")
+    return None

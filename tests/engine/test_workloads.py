@@ -1,0 +1,102 @@
+"""Any mixture of requests, budgets and pool sizes gives every request the answer it gets alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fake_model import FakeModel
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from puna.engine import Engine, Request, SamplingParams
+
+CONTEXT = 30
+
+
+@dataclass(frozen=True)
+class Job:
+    request: Request
+    arrival: int  # the step before which it is submitted
+    cancel_after: int | None  # steps after its arrival
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> Job:
+    # Few distinct tokens and repeated stems, so that prefixes are shared, diverge, and are evicted.
+    stem = draw(st.sampled_from([[], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 9, 9, 9, 9, 9, 9, 9, 9]]))
+    prompt = [*stem, *draw(st.lists(st.integers(0, 3), min_size=1, max_size=8))]
+    params = SamplingParams(
+        temperature=draw(st.sampled_from([0.0, 1.0])),
+        top_k=draw(st.sampled_from([0, 5])),
+        repeat_penalty=draw(st.sampled_from([1.0, 1.3])),
+        repeat_last_n=draw(st.sampled_from([-1, 0, 3, 64])),
+        seed=draw(st.integers(0, 5)),
+        max_tokens=draw(st.sampled_from([None, None, 1, 5, 12])),
+        min_tokens=draw(st.integers(0, 1)),
+    )
+    request = Request(
+        prompt,
+        params,
+        eos_ids=draw(st.sampled_from([[], [7], [7, 11]])),
+        cache_salt=draw(st.sampled_from(["", "", "x"])),
+    )
+    return Job(request, draw(st.integers(0, 8)), draw(st.sampled_from([None, None, None, 0, 1, 2, 5, 10])))
+
+
+def alone(request: Request) -> list[tuple[int | None, int | None, str | None]]:
+    engine = Engine(FakeModel(vocab_size=12, context_length=CONTEXT), block_size=64)
+    return [(e.token, e.stop_id, e.finish_reason) for e in engine.submit(request)]
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    workload=st.lists(jobs(), min_size=1, max_size=8),
+    block_size=st.sampled_from([1, 2, 4, 5]),
+    spare_blocks=st.integers(0, 4),
+    max_sequences=st.integers(1, 6),
+    spare_tokens=st.integers(0, 12),
+)
+def test_every_answer_is_the_one_given_alone(
+    workload: list[Job], block_size: int, spare_blocks: int, max_sequences: int, spare_tokens: int
+) -> None:
+    model = FakeModel(vocab_size=12, context_length=CONTEXT)
+    budget = max_sequences + spare_tokens
+    engine = Engine(
+        model,
+        num_blocks=-(-CONTEXT // block_size) + spare_blocks,
+        block_size=block_size,
+        max_sequences=max_sequences,
+        max_batch_tokens=budget,
+    )
+    pool = engine.scheduler.pool
+    streams = {}
+    step = 0
+    while len(streams) < len(workload) or engine.has_work:
+        assert step < 5000, "the engine makes no progress"
+        for i, job in enumerate(workload):
+            if job.arrival == step:
+                streams[i] = engine.submit(job.request)
+            if job.cancel_after is not None and job.arrival + job.cancel_after == step:
+                engine.cancel(streams[i].id)
+        events = engine.step()
+        assert len({e.request_id for e in events}) == len(events)
+        if model.steps:
+            assert sum(model.steps[-1]) <= budget
+            assert len(model.steps[-1]) <= max_sequences
+        arrived = [s.id for s in (*engine.scheduler.running, *engine.scheduler.waiting)]
+        assert arrived == sorted(arrived), "first come, first served"
+        held = {b for s in engine.scheduler.running for b in s.blocks}
+        assert pool.available == pool.num_blocks - len(held)
+        step += 1
+    assert pool.available == pool.num_blocks
+
+    event(f"preempted: {engine.scheduler.num_preemptions > 0}")
+    event(f"reused a prefix: {any(s.timings.cached_tokens for s in streams.values())}")
+    for i, job in enumerate(workload):
+        got = [(e.token, e.stop_id, e.finish_reason) for e in streams[i]]
+        expected = alone(job.request)
+        if got[-1][2] == "cancelled":
+            assert job.cancel_after is not None
+            assert got[:-1] == expected[: len(got) - 1]
+        else:
+            assert got == expected
