@@ -12,10 +12,9 @@
 //
 // A row's result is always the same sequence of operations: over head_dim for a score, over the keys of a chunk for a sum,
 // over chunks for the merge. So it depends neither on the tile it is in (decoding or prefill), nor on who computes which chunk.
+#include "buffer.hpp"
 #include "kernels.hpp"
 #include "simd.hpp"
-
-#include <new>
 
 namespace puna::PUNA_ISA {
 
@@ -41,16 +40,6 @@ constexpr int64_t pad(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// An uninitialised array for the time of one call. Throws std::bad_alloc.
-template <typename T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count) : data(static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
 
 // What follows from the shapes.
 struct Geometry {

@@ -199,7 +199,9 @@ class ModelConfig:
             raise ConfigError("llama.expert_count: mixture-of-experts models are not supported yet")
         heads = _whole(metadata, "llama.attention.head_count")
         hidden = _whole(metadata, "llama.embedding_length")
-        tokens = metadata.get("tokenizer.ggml.tokens", ())
+        tokens = metadata.get("tokenizer.ggml.tokens", [])
+        if not isinstance(tokens, list):
+            raise ConfigError(f"tokenizer.ggml.tokens must be an array, found {tokens!r}")
         context = _whole(metadata, "llama.context_length")
         head_dim = _whole(metadata, "llama.attention.key_length", _divide(hidden, heads))
         for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
@@ -223,15 +225,7 @@ class ModelConfig:
             mlp_bias=mlp_bias,
             bos_token_id=_optional_id(metadata.get("tokenizer.ggml.bos_token_id")),
             eos_token_ids=tuple(
-                dict.fromkeys(
-                    metadata[key]
-                    for key in (
-                        "tokenizer.ggml.eos_token_id",
-                        "tokenizer.ggml.eot_token_id",
-                        "tokenizer.ggml.eom_token_id",
-                    )
-                    if metadata.get(key) is not None
-                )
+                dict.fromkeys(_ids([metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]))
             ),
             pad_token_id=_optional_id(metadata.get("tokenizer.ggml.padding_token_id")),
         )
@@ -516,6 +510,8 @@ def _optional_id(value: Any) -> int | None:
 
 def _shortest_float32(value: float) -> float:
     """GGUF stores float32; the shortest decimal that rounds to it is what was meant (1e-05, not 9.99999975e-06)."""
+    if not abs(value) < 3.4e38:  # what float32 cannot hold was stored as float64
+        return value
     packed = struct.pack("<f", value)
     for digits in range(1, 10):
         candidate = float(f"{value:.{digits}g}")

@@ -11,7 +11,9 @@ import puna
 
 PACKAGE = Path(puna.__file__).parent
 LAYERS = [
-    {"errors", "config", "catalog"},
+    {"errors"},
+    {"config"},
+    {"catalog"},
     {"tensor", "gguf_file"},
     {"tokenizer"},
     {"checkpoint", "ops"},

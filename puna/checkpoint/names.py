@@ -97,10 +97,6 @@ def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], sou
     # Checked first: a hostile configuration may claim more layers than fit in memory as a list of names.
     if config.num_hidden_layers > len(found):
         raise CheckpointError(
-            f"{source}: the configuration says {config.num_hidden_layers} layers, the file has {len(found)} tensors"
-        )
-    if config.num_hidden_layers > len(found):  # before a damaged count makes a list of billions of names
-        raise CheckpointError(
             f"{source}: {len(found)} tensors are too few for a model of {config.num_hidden_layers} layers; "
             "the file is incomplete"
         )

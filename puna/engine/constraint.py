@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from puna.engine.request import Constraint, ConstraintState
 from puna.errors import RequestError
 
+# Between JSON's tokens. Without a bound, a small model may go on with blanks until the context is full.
+WHITESPACE = r"[ \t\r\n]{0,40}"
+
 
 class Vocabulary(Protocol):
     """The part of a tokenizer that constraints need; puna.tokenizer.Tokenizer has it."""
@@ -47,9 +50,8 @@ class ConstraintCompiler:
             text = schema if isinstance(schema, str) else json.dumps(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"the JSON schema is not JSON: {error}") from None
-        # Without a bound, a small model may go on with blanks until the context is full.
-        whitespace = {"whitespace_pattern": r"[ \t\r\n]{0,40}"}
-        return self._compile("JSON schema", partial(LLMatcher.grammar_from_json_schema, text, overrides=whitespace))
+        grammar = partial(LLMatcher.grammar_from_json_schema, text, overrides={"whitespace_pattern": WHITESPACE})
+        return self._compile("JSON schema", grammar)
 
     def json_object(self) -> Constraint:
         """Any JSON object."""
@@ -87,7 +89,7 @@ class _GrammarConstraint:
 class _GrammarState:
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
-        self._words = -(-vocab_size // 32)
+        self._words = _mask_words(vocab_size)
 
     @property
     def complete(self) -> bool:
@@ -121,9 +123,10 @@ class _TokenizerAdapter:
         self.tokens = [b"" if i in special else tokenizer.token_bytes(i) for i in range(size)]
         self.eos_ids = [i for i in eos_ids if i < size]
         if not self.eos_ids:
-            # llguidance needs an end token; one past the last of the model's, which the mask then cuts off.
-            self.tokens += [b""] * (vocab_size + 1 - size)
-            self.eos_ids = [vocab_size]
+            # llguidance needs an end token: the first that is past the mask's last word, which cuts it off.
+            beyond = _mask_words(vocab_size) * 32
+            self.tokens += [b""] * (beyond + 1 - size)
+            self.eos_ids = [beyond]
         self.eos_token_id = self.eos_ids[0]
         self.special_token_ids = sorted(special | set(self.eos_ids))
         self._ids = {text: i for i, text in reversed(list(enumerate(self.tokens))) if text}
@@ -156,6 +159,10 @@ class _TokenizerAdapter:
             else:
                 return ids
         return ids
+
+
+def _mask_words(vocab_size: int) -> int:
+    return -(-vocab_size // 32)
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from puna.store.disk import CHUNK, check_space, digest_file, disk_errors
 from puna.store.manifest import Lineage, Manifest, StoredFile, is_file_name
 from puna.store.names import ModelName, name_part_from
 from puna.store.progress import Meter, Progress, Silent
-from puna.store.selection import check_parts, companions_of, select_files
+from puna.store.selection import check_parts, companions_of, select_files, whole_name
 from puna.store.store import Store
 
 
@@ -34,20 +35,28 @@ def import_file(
     """
     store, progress = store or Store(), progress or Silent()
     path = Path(path).expanduser().absolute()
-    model_name = (
-        ModelName.parse(name) if name else ModelName(name_part_from(path.stem if path.is_file() else path.name))
-    )
+    model_name = ModelName.parse(name) if name else _name_of(path)
     with disk_errors(path):
         folder, files = _files_of(path)
-        if not replace:
-            # Before the long work; a name with the same files passes again in commit.
-            manifest = store.read(model_name)
-            if manifest is not None and {f.file for f in manifest.files} != set(files):
-                store.check_free(model_name)
+        existing = store.read(model_name)
+        if existing is not None and not replace and {f.file for f in existing.files} != set(files):
+            store.check_free(model_name)  # commit checks again, but only after the long work
         stored = tuple(_take(store, folder / file, progress, copy) for file in files)
     manifest = Manifest(model_name.name, model_name.tag, stored, licence=licence, source=str(path), lineage=lineage)
+    if existing is not None and existing.content_digest == manifest.content_digest:
+        # Imported again: keep the template, system prompt and parameters that it was given since.
+        manifest = dataclasses.replace(
+            existing,
+            source=manifest.source,
+            licence=licence or existing.licence,
+            lineage=lineage or existing.lineage,
+        )
     store.commit(manifest, replace=replace)
     return manifest
+
+
+def _name_of(path: Path) -> ModelName:
+    return ModelName(name_part_from(Path(whole_name(path.name)).stem if path.is_file() else path.name))
 
 
 def _files_of(path: Path) -> tuple[Path, list[str]]:

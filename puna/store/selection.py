@@ -48,7 +48,7 @@ def select_files(names: Iterable[str], choice: str | None, where: str) -> list[s
         usual = [name for name in safetensors if not name.startswith("consolidated")]
         return sorted(companions + (usual or safetensors))
     if ggufs:
-        models = {_whole_name(name) for name in ggufs}
+        models = {whole_name(name) for name in ggufs}
         if len(models) == 1:
             return ggufs
         preferred = [name for name in ggufs if _has_quant(name, _PREFERRED_QUANT)]
@@ -68,7 +68,7 @@ def companions_of(file: str, names: Iterable[str]) -> list[str]:
     """A weights file with what belongs to it: the other parts of a split GGUF, a safetensors file's configuration."""
     split = _SPLIT.fullmatch(file)
     if split:
-        return sorted(name for name in names if _whole_name(name) == _whole_name(file))
+        return sorted(name for name in names if whole_name(name) == whole_name(file))
     if file.endswith(".safetensors"):
         return sorted({file, *(name for name in names if name in _COMPANIONS and not name.endswith(".index.json"))})
     return [file]
@@ -92,7 +92,7 @@ def _chosen(files: list[str], ggufs: list[str], choice: str, where: str) -> list
     if exact:
         return companions_of(exact[0], files)
     found = [name for name in ggufs if _has_quant(name, choice)]
-    if len({_whole_name(name) for name in found}) == 1:
+    if len({whole_name(name) for name in found}) == 1:
         return found
     if found:
         raise StoreError(f"{choice!r} fits several files of {where}: {', '.join(found)}; give the whole file name")
@@ -105,7 +105,8 @@ def _has_quant(name: str, quant: str) -> bool:
     return re.search(rf"(?<![a-z0-9_]){re.escape(quant.lower())}(?![a-z0-9_])", name.lower()) is not None
 
 
-def _whole_name(name: str) -> str:
+def whole_name(name: str) -> str:
+    """The name of a split GGUF without its part number; any other name as it is."""
     split = _SPLIT.fullmatch(name)
     return split.group(1) + split.group(4) if split else name
 

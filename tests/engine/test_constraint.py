@@ -1,4 +1,4 @@
-"""Constraints on vocabularies from single bytes to real ones; the schemas' meaning is checked by independent validators."""
+"""Constraints on vocabularies from single bytes to real ones; independent validators judge what comes out."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ class TestMistakes:
         assert list(streams[1])[-1].finish_reason == "length"
 
 
-# JSON Schema tests that llguidance gets wrong and does not refuse. It takes neither other orders of properties nor other
-# spellings of an integer, which is right for writing JSON, if not for reading it.
+# JSON Schema tests that llguidance gets wrong and does not refuse. It takes neither other orders of properties nor
+# other spellings of an integer, which is right for writing JSON, if not for reading it.
 NARROWER = {
     ("allOf.json", "allOf"),
     ("allOf.json", "valid"),
@@ -177,7 +177,7 @@ WIDER = {("ref.json", "$ref resolves to /definitions/base_foo, data does not val
 
 
 def test_json_schema_test_suite(shared_data: Path) -> None:
-    """Of the official tests of draft 7, each schema is refused or decides every instance rightly, but for those above."""
+    """Of the official tests of draft 7, each schema is refused or decides every instance rightly, save those above."""
     compile_schema = compiler().json_schema
     narrower, wider = set(), set()
     compiled = 0
@@ -240,7 +240,6 @@ def answers(model: Model, tokenizer: Tokenizer, constraint: Constraint, count: i
     prompt = tokenizer.encode("Write something.")
     streams = []
     for seed in range(count):
-        # The low temperature keeps a flat random model from making every text as long as it may.
         params = SamplingParams(seed=seed, temperature=1.5, top_k=0, top_p=1.0)
         streams.append(engine.submit(Request(prompt, params, tokenizer.eos_ids, constraint)))
         engine.submit(Request(prompt, SamplingParams(max_tokens=20)))

@@ -1,0 +1,342 @@
+// Choosing tokens: puna/ops/reference_sampling.py, which specifies every step, without sorting the vocabulary.
+//
+// The maximum of each 64 logits tells which of them can matter; the logits above a bound become candidates; and among
+// candidates a quickselect by mass finds where a cumulative probability is reached. Order is decided on float32 logits, masses
+// are float64.
+#include <cmath>
+
+#include "buffer.hpp"
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace puna::PUNA_ISA {
+
+namespace {
+
+constexpr int kBlock = 64;
+constexpr float kLargest = 3.4028234663852886e38f;
+
+// A token in the running. Those of larger key, then of lower id, come first.
+struct Candidate {
+  double key, weight;
+  int32_t id;
+};
+
+struct Candidates {
+  Candidate* at;
+  int64_t count;
+};
+
+bool precedes(const Candidate& a, const Candidate& b) { return a.key > b.key || (a.key == b.key && a.id < b.id); }
+
+void swap(Candidate& a, Candidate& b) {
+  const Candidate c = a;
+  a = b;
+  b = c;
+}
+
+// ---- selection ----
+
+// Puts some candidate of [low, high) where sorting would, those that precede it before it; returns its place.
+int64_t partition(Candidate* at, int64_t low, int64_t high) {
+  const int64_t middle = low + (high - low) / 2, last = high - 1;
+  if (precedes(at[middle], at[low])) swap(at[middle], at[low]);
+  if (precedes(at[last], at[low])) swap(at[last], at[low]);
+  if (precedes(at[middle], at[last])) swap(at[middle], at[last]);  // the median of the three is last
+  const Candidate pivot = at[last];
+  int64_t place = low;
+  for (int64_t i = low; i < last; ++i)
+    if (precedes(at[i], pivot)) swap(at[i], at[place++]);
+  swap(at[place], at[last]);
+  return place;
+}
+
+// The place, in sorted order, of the first candidate at which the cumulative weight reaches `target` (or exceeds it, where
+// `exceed`); the last where none does. What precedes it is moved before it.
+int64_t select_by_mass(Candidates c, double target, bool exceed) {
+  const auto reached = [=](double mass) { return exceed ? mass > target : mass >= target; };
+  int64_t low = 0, high = c.count;
+  double before = 0;
+  while (low < high) {
+    const int64_t place = partition(c.at, low, high);
+    double mass = before;
+    for (int64_t i = low; i < place; ++i) mass += c.at[i].weight;
+    if (reached(mass)) {
+      high = place;
+    } else if (reached(mass + c.at[place].weight)) {
+      return place;
+    } else {
+      before = mass + c.at[place].weight;
+      low = place + 1;
+    }
+  }
+  return low > 0 ? low - 1 : 0;
+}
+
+// The first `count` candidates to the front, when every weight is 1; returns their least key.
+double select_by_count(Candidates c, int64_t count) { return c.at[select_by_mass(c, double(count), false)].key; }
+
+void sort(Candidate* at, int64_t low, int64_t high) {
+  while (high - low > 1) {
+    const int64_t place = partition(at, low, high);
+    if (place - low < high - place) {
+      sort(at, low, place);
+      low = place + 1;
+    } else {
+      sort(at, place + 1, high);
+      high = place;
+    }
+  }
+}
+
+template <typename Condition>
+void keep_where(Candidates& c, const Condition& condition) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < c.count; ++i)
+    if (condition(c.at[i])) c.at[kept++] = c.at[i];
+  c.count = kept;
+}
+
+double total_weight(Candidates c) {
+  double total = 0;
+  for (int64_t i = 0; i < c.count; ++i) total += c.at[i].weight;
+  return total;
+}
+
+// ---- logits of one row ----
+
+// e^z in float64 for z <= 0, to about 1e-16; 0 below -708. Written so that the compiler can vectorise a loop over it.
+inline double exp_negative(double z) {
+  const double clamped = z > -708.0 ? z : -708.0, shift = 0x1.8p52;
+  const double shifted = clamped * 1.4426950408889634 + shift;  // the nearest integer is in the low bits
+  const double n = shifted - shift;
+  const double r = (clamped - n * 0x1.62e42ffp-1) - n * -0x1.718432a1b0e26p-35;  // ln 2 in two parts
+  double series = 1.0 / 6227020800.0;                                            // Taylor's, to r^13 / 13!
+  series = series * r + 1.0 / 479001600.0;
+  series = series * r + 1.0 / 39916800.0;
+  series = series * r + 1.0 / 3628800.0;
+  series = series * r + 1.0 / 362880.0;
+  series = series * r + 1.0 / 40320.0;
+  series = series * r + 1.0 / 5040.0;
+  series = series * r + 1.0 / 720.0;
+  series = series * r + 1.0 / 120.0;
+  series = series * r + 1.0 / 24.0;
+  series = series * r + 1.0 / 6.0;
+  series = series * r + 0.5;
+  series = series * r + 1.0;
+  series = series * r + 1.0;
+  const double power = bit_cast<double>((bit_cast<uint64_t>(shifted) + 1023) << 52);
+  return z > -708.0 ? series * power : 0.0;
+}
+
+// NaN counts as -inf, +inf as the largest number.
+float finite(float x) { return x == x ? (x < kLargest ? x : kLargest) : -kInfinity; }
+
+// A row of logits, and the memory to work on it.
+struct Row {
+  float* x;        // [vocabulary + padding], the padding is -inf
+  float* maxima;   // of each kBlock logits
+  int32_t* counts;
+  Candidate* memory;
+  int64_t vocabulary, blocks;
+  float peak;      // the largest logit
+
+  void find_maxima() {
+    peak = -kInfinity;
+    for (int64_t b = 0; b < blocks; ++b) {
+      Vec top = load(x + b * kBlock);
+      for (int i = kLanes; i < kBlock; i += kLanes) top = max(top, load(x + b * kBlock + i));
+      maxima[b] = reduce_max(top);
+      peak = maxima[b] > peak ? maxima[b] : peak;
+    }
+  }
+
+  void read(const float* logits) {
+    const Vec lowest = splat(-kInfinity), largest = splat(kLargest);
+    int64_t i = 0;
+    for (; i + kLanes <= vocabulary; i += kLanes) store(x + i, min(max(load(logits + i), lowest), largest));
+    for (; i < blocks * kBlock; ++i) x[i] = i < vocabulary ? finite(logits[i]) : -kInfinity;
+    find_maxima();
+  }
+
+  // The first token of the largest logit.
+  int32_t most_probable() const {
+    int64_t i = 0;
+    while (maxima[i / kBlock] != peak) i += kBlock;
+    while (x[i] != peak) ++i;
+    return int32_t(i);
+  }
+
+  // log of the sum of e^(x - peak).
+  double log_sum() const {
+    const Vec top = splat(peak);
+    double total = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      Vec sum = zero();
+      for (int i = 0; i < kBlock; i += kLanes) sum = sum + exp(load(x + b * kBlock + i) - top);
+      total += double(reduce_add(sum));
+    }
+    return std::log(total);
+  }
+
+  // Every token of a finite logit >= bound, with weight 1.
+  Candidates collect(float bound) const {
+    bound = bound > -kLargest ? bound : -kLargest;
+    int64_t count = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (!(maxima[b] >= bound)) continue;
+      for (int64_t i = b * kBlock; i < (b + 1) * kBlock; ++i) {
+        memory[count] = {double(x[i]), 1.0, int32_t(i)};
+        count += x[i] >= bound;
+      }
+    }
+    return {memory, count};
+  }
+
+  // At least the `count` most probable tokens and those that tie with them, where there are as many.
+  Candidates collect_at_least(int64_t count) const {
+    if (count > blocks) return collect(-kInfinity);
+    // As many blocks hold a logit of at least the count-th largest maximum, so no smaller one is among the first.
+    for (int64_t b = 0; b < blocks; ++b) memory[b] = {double(maxima[b]), 1.0, int32_t(b)};
+    return collect(float(select_by_count({memory, blocks}, count)));
+  }
+
+  double scaled(double logit, double temperature) const { return (logit - double(peak)) / temperature; }
+
+  void weigh(Candidates& c, double temperature) const {
+    for (int64_t i = 0; i < c.count; ++i) c.at[i].weight = exp_negative(scaled(c.at[i].key, temperature));
+    keep_where(c, [](const Candidate& candidate) { return candidate.weight > 0; });
+  }
+
+  double total_mass(double temperature) const {
+    double sums[8] = {};
+    for (int64_t i = 0; i < blocks * kBlock; i += 8)
+      for (int j = 0; j < 8; ++j) sums[j] += exp_negative(scaled(double(x[i + j]), temperature));
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  }
+
+  // The most probable tokens, weighed, up to a mass of at least `mass`.
+  Candidates collect_mass(double mass, double temperature) const {
+    for (double depth = 2;; depth *= 2) {
+      const bool all = depth > 708;
+      Candidates c = collect(all ? -kInfinity : float(double(peak) - depth * temperature));
+      weigh(c, temperature);
+      if (all || total_weight(c) > mass) return c;
+    }
+  }
+};
+
+// ---- the steps ----
+
+// Penalties, bias and the mask of allowed tokens.
+void adjust(Row& row, const SampleRow& sample) {
+  float* x = row.x;
+  const auto known = [&](int32_t id) { return id >= 0 && id < row.vocabulary; };
+  for (int64_t i = 0; i < sample.history_length; ++i)
+    if (known(sample.history[i])) row.counts[sample.history[i]] = 0;
+  for (int64_t i = 0; i < sample.history_length; ++i)
+    if (known(sample.history[i])) ++row.counts[sample.history[i]];
+  for (int64_t i = 0; i < sample.history_length; ++i) {
+    const int32_t id = sample.history[i];
+    if (!known(id) || row.counts[id] == 0) continue;
+    const float repeated = x[id] < 0 ? x[id] * sample.repeat_penalty : x[id] / sample.repeat_penalty;
+    const double frequency = double(sample.frequency_penalty) * row.counts[id];
+    x[id] = finite(float((double(repeated) - frequency) - double(sample.presence_penalty)));
+    row.counts[id] = 0;
+  }
+  for (int64_t i = 0; i < sample.bias_length; ++i)
+    if (known(sample.bias_ids[i])) x[sample.bias_ids[i]] = finite(x[sample.bias_ids[i]] + sample.bias_values[i]);
+  if (sample.allowed)
+    for (int64_t word = 0; word * 32 < row.vocabulary; ++word) {
+      const uint32_t bits = sample.allowed[word];
+      if (bits == ~uint32_t{0}) continue;
+      for (int i = 0; i < 32; ++i) x[word * 32 + i] = bits >> i & 1 ? x[word * 32 + i] : -kInfinity;
+    }
+  row.find_maxima();
+}
+
+// Locally typical tokens (Meister et al. 2022): those whose surprise is nearest to the entropy, up to a mass.
+void keep_typical(const Row& row, Candidates& c, double temperature, double mass) {
+  const double total = total_weight(c), log_total = std::log(total);
+  const auto surprise = [&](const Candidate& candidate) { return log_total - row.scaled(double(row.x[candidate.id]), temperature); };
+  double entropy = 0;
+  for (int64_t i = 0; i < c.count; ++i) entropy += c.at[i].weight * surprise(c.at[i]);
+  entropy /= total;
+  for (int64_t i = 0; i < c.count; ++i) c.at[i].key = -std::fabs(surprise(c.at[i]) - entropy);
+  const double least = c.at[select_by_mass(c, mass * total, false)].key;
+  keep_where(c, [=](const Candidate& candidate) { return candidate.key >= least; });
+  for (int64_t i = 0; i < c.count; ++i) c.at[i].key = double(row.x[c.at[i].id]);
+}
+
+int32_t choose(const Row& row, const SampleRow& sample) {
+  if (row.peak == -kInfinity) return -1;
+  const double temperature = double(sample.temperature);
+  if (!(temperature > 0)) return row.most_probable();
+
+  const bool nucleus = sample.top_p < 1, typical = sample.typical_p < 1;
+  const double least_scaled = sample.min_p > 0 ? std::fmin(std::log(double(sample.min_p)), 0.0) : -INFINITY;
+  Candidates c;
+  double total;
+  if (sample.top_k > 0 && sample.top_k < row.vocabulary) {
+    c = row.collect_at_least(sample.top_k);
+    if (c.count > sample.top_k) {
+      const double least = select_by_count(c, sample.top_k);
+      keep_where(c, [=](const Candidate& candidate) { return candidate.key >= least; });
+    }
+    row.weigh(c, temperature);
+    total = total_weight(c);
+  } else if (nucleus || !(typical || sample.min_p > 0)) {  // only so much mass is looked at
+    total = row.total_mass(temperature);
+    c = row.collect_mass((nucleus ? double(sample.top_p) : sample.uniform) * total, temperature);
+  } else {
+    const double bound = double(row.peak) + least_scaled * temperature;
+    c = row.collect(float(bound - 1e-6 * (std::fabs(bound) + std::fabs(double(row.peak)))));  // rather too many than too few
+    row.weigh(c, temperature);
+    total = total_weight(c);
+  }
+
+  if (nucleus) c.count = 1 + select_by_mass(c, double(sample.top_p) * total, false);
+  if (sample.min_p > 0)
+    keep_where(c, [&](const Candidate& candidate) { return row.scaled(candidate.key, temperature) >= least_scaled; });
+  if (typical) keep_typical(row, c, temperature, double(sample.typical_p));
+  if (nucleus || typical || sample.min_p > 0) total = total_weight(c);
+  return c.at[select_by_mass(c, sample.uniform * total, true)].id;
+}
+
+void sample_row(Row& row, const float* logits, const SampleRow& sample) {
+  row.read(logits);
+  const double log_total = row.peak > -kInfinity ? double(row.peak) + row.log_sum() : 0.0;
+  if (sample.top_logprobs > 0) {
+    Candidates top = row.collect_at_least(sample.top_logprobs);
+    if (top.count > sample.top_logprobs) {
+      select_by_count(top, sample.top_logprobs);
+      top.count = sample.top_logprobs;
+    }
+    sort(top.at, 0, top.count);
+    for (int i = 0; i < sample.top_logprobs; ++i) {
+      sample.top_ids[i] = i < top.count ? top.at[i].id : -1;
+      sample.top_values[i] = i < top.count ? float(top.at[i].key - log_total) : -kInfinity;
+    }
+  }
+  if (sample.history_length > 0 || sample.bias_length > 0 || sample.allowed) adjust(row, sample);
+  *sample.token = choose(row, sample);
+  *sample.logprob = *sample.token < 0 ? -kInfinity : float(double(finite(logits[*sample.token])) - log_total);
+}
+
+}  // namespace
+
+// One token for each row of logits [count, vocabulary]. Where none is left to choose, the token is -1 and its log probability
+// -inf; top_ids beyond the possible tokens are -1.
+void sample(ThreadPool& pool, const float* logits, int64_t vocabulary, const SampleRow* rows, int64_t count) {
+  const int64_t blocks = (vocabulary + kBlock - 1) / kBlock, padded = blocks * kBlock;
+  const Buffer<float> floats((padded + blocks) * pool.threads());
+  const Buffer<int32_t> counts(vocabulary * pool.threads());
+  const Buffer<Candidate> candidates((padded + 1) * pool.threads());
+  pool.run(count, 1, [&](int64_t begin, int64_t end, int thread) {
+    float* x = floats.data + thread * (padded + blocks);
+    Row row{x, x + padded, counts.data + thread * vocabulary, candidates.data + thread * (padded + 1), vocabulary, blocks, 0};
+    for (int64_t i = begin; i < end; ++i) sample_row(row, logits + i * vocabulary, rows[i]);
+  });
+}
+
+}  // namespace puna::PUNA_ISA

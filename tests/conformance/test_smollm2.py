@@ -1,0 +1,111 @@
+"""The real model: our logits and greedy text against transformers running the same file in float32."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from puna.checkpoint import open_checkpoint
+from puna.llm import scoring
+from puna.model.model import Model
+from puna.ops.registry import make_ops
+from puna.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "smollm2_greedy.json"
+WINDOW, WINDOWS = 512, 4
+
+
+def native_or_skip(isa: str | None = None):
+    native_ops = pytest.importorskip("puna.ops.native_ops")
+    return native_ops.NativeOps(isa=isa)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smollm2_path: Path):
+    return open_checkpoint(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint) -> Tokenizer:
+    return checkpoint.tokenizer
+
+
+@pytest.fixture(scope="module")
+def reference_model(checkpoint) -> Model:
+    return Model.bind(make_ops("reference"), checkpoint.config, checkpoint.tensors)
+
+
+@pytest.fixture(scope="module")
+def windows(tokenizer: Tokenizer, shared_data: Path) -> list[list[int]]:
+    """2,048 tokens of English prose in windows of 512."""
+    text = (shared_data / "text" / "wizard_of_oz_248k.txt").read_text(encoding="utf-8")[20_000:40_000]
+    ids = tokenizer.encode(text)
+    return [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(WINDOWS)]
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2_path: Path, windows: list[list[int]]) -> list[np.ndarray]:
+    """Logits of transformers' own loader, dequantizer and model in float32."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        return [model(torch.tensor([ids])).logits[0].numpy() for ids in windows]
+
+
+def divergence(model: Model, windows: list[list[int]], expected: list[np.ndarray]) -> tuple[float, float]:
+    """Mean KL(expected ‖ ours) in nats, and the share of positions with the same most probable token."""
+    divergences, agreements = [], []
+    for ids, theirs in zip(windows, expected, strict=True):
+        ours = scoring.logits(model, ids)
+        p, q = (log_softmax(x.astype(np.float64)) for x in (theirs, ours))
+        divergences.append((np.exp(p) * (p - q)).sum(axis=-1))
+        agreements.append(p.argmax(axis=-1) == q.argmax(axis=-1))
+    return float(np.mean(divergences)), float(np.mean(agreements))
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def test_reference_logits_are_those_of_transformers(reference_model, windows, expected) -> None:
+    kl, agreement = divergence(reference_model, windows, expected)
+    assert kl <= 1e-5
+    assert agreement >= 0.999
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_native_logits_stay_close(isa: str, checkpoint, windows, expected) -> None:
+    """The bar is llama.cpp's own int8 path on this model: mean KL 2.96e-3."""
+    native_ops = pytest.importorskip("puna.ops.native_ops")
+    if isa not in native_ops.available_isas():
+        pytest.skip(f"this processor has no {isa}")
+    model = Model.bind(native_or_skip(isa), checkpoint.config, checkpoint.tensors)
+    share = slice(None) if isa != "portable" else slice(1)  # plain C++ is slow; one window says enough
+    kl, agreement = divergence(model, windows[share], expected[share])
+    assert kl <= 3e-3
+    assert agreement >= 0.965
+
+
+def test_tokenizer_agrees_with_transformers(tokenizer: Tokenizer) -> None:
+    for case in json.loads(GOLDEN.read_text(encoding="utf-8")):
+        assert tokenizer.encode(case["prompt"], parse_special=True) == case["prompt_ids"]
+
+
+def test_greedy_text_is_that_of_transformers(reference_model) -> None:
+    """The expectation was made by transformers in float32 (tests/golden/make_smollm2.py), not by us."""
+    for case in json.loads(GOLDEN.read_text(encoding="utf-8")):
+        assert greedy(reference_model, case["prompt_ids"], len(case["ids"])) == case["ids"], case["prompt"]
+
+
+def greedy(model: Model, prompt_ids: list[int], count: int) -> list[int]:
+    from puna.engine import Engine, Request, SamplingParams
+
+    engine = Engine(model, context_length=256)
+    params = SamplingParams(temperature=0, max_tokens=count)
+    return [event.token for event in engine.submit(Request(prompt_ids, params))]

@@ -1,0 +1,74 @@
+"""The engine on real arithmetic: a random model in any mixture, and a trained one against its published text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import random_weights, tiny_config
+
+from puna.checkpoint import open_checkpoint
+from puna.engine import Engine, Request, SamplingParams
+from puna.model.model import Model
+from puna.ops.registry import OPS, make_ops
+
+
+@pytest.fixture(scope="module", params=sorted(OPS))
+def ops_name(request: pytest.FixtureRequest) -> str:
+    try:
+        make_ops(request.param)
+    except ImportError as error:
+        pytest.skip(f"{request.param} ops are not built here: {error}")
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def tiny(ops_name: str) -> Model:
+    config = tiny_config()
+    return Model.bind(make_ops(ops_name), config, random_weights(config, seed=3))
+
+
+PREEMPTING = 14  # blocks of 8, for three sequences of which the two longest need 18
+PROMPTS = [np.random.default_rng(i).integers(3, 256, 5 + 17 * i).tolist() for i in range(5)]
+
+
+def answers(model: Model, params: SamplingParams, **options: int) -> list[list[int]]:
+    engine = Engine(model, **options)
+    streams = [engine.submit(Request(prompt, params)) for prompt in PROMPTS]
+    got = [[e.token for e in stream if e.token is not None] for stream in streams]
+    assert engine.scheduler.pool.available == engine.scheduler.pool.num_blocks
+    assert (engine.scheduler.num_preemptions > 0) == (options.get("num_blocks") == PREEMPTING)
+    return got
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(temperature=0, max_tokens=24), SamplingParams(seed=5, max_tokens=24)]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_sequences": 1, "max_batch_tokens": 7, "num_blocks": 4},
+        {"max_sequences": 5, "max_batch_tokens": 16, "num_blocks": 256, "block_size": 4},
+        {"max_sequences": 3, "max_batch_tokens": 64, "num_blocks": PREEMPTING, "block_size": 8},
+    ],
+)
+def test_same_tokens_in_any_batch(tiny: Model, params: SamplingParams, options: dict[str, int]) -> None:
+    alone = answers(tiny, params, max_sequences=1, num_blocks=20)
+    assert answers(tiny, params, **options) == alone
+
+
+def test_the_published_story(ops_name: str, shared_data: Path) -> None:
+    """Greedy text of stories260K as llama2.c documents it, with other stories in the batch."""
+    folder = shared_data / "weights" / "stories260K"
+    checkpoint = open_checkpoint(folder / "stories260K.gguf")
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    model = Model.bind(make_ops(ops_name), checkpoint.config, checkpoint.tensors)
+    engine = Engine(model, num_blocks=64, max_batch_tokens=64, max_sequences=4)
+    others = [engine.submit(Request([1, 300 + i], SamplingParams(max_tokens=50))) for i in range(3)]
+    expected = (folder / "expected_greedy.txt").read_text().rstrip("\n")
+    stream = engine.submit(Request([1], SamplingParams(temperature=0, max_tokens=256)))
+    text = tokenizer.decode([e.token for e in stream if e.token is not None]).decode()
+    assert text == expected
+    assert all(list(other)[-1].finish_reason in ("length", "stop") for other in others)
