@@ -34,7 +34,9 @@ def main() -> None:
         for name, (repack, flash) in settings.items():
             results[name].append(run_llama_bench(options, repack, flash))
 
-    medians = {name: tuple(statistics.median(column) for column in zip(*runs, strict=True)) for name, runs in results.items()}
+    medians = {
+        name: tuple(statistics.median(column) for column in zip(*runs, strict=True)) for name, runs in results.items()
+    }
     best = tuple(max(medians[name][i] for name in settings) for i in range(2))
     print(f"{'':22}{'prefill tok/s':>15}{'decode tok/s':>15}")
     for name, (prefill, decode) in medians.items():

@@ -20,7 +20,7 @@ namespace puna::PUNA_ISA {
 
 namespace {
 
-constexpr int kPad = 16;
+constexpr int kPad = kCachePad;
 constexpr int kChunkKeys = 256;
 constexpr int kTileRows = 48;
 constexpr int kMaxChunkBlocks = kChunkKeys;          // blocks of one key

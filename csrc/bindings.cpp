@@ -86,7 +86,7 @@ NB_MODULE(_native, m) {
             check(reinterpret_cast<uintptr_t>(buffer.data()) % 64 == 0, "Panels: the buffer is not aligned to 64 bytes");
             new (self) Panels{buffer, type, rows, columns};
           },
-          nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("buffer"));
+          nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("buffer").noconvert());
 
   nb::class_<Native> native(m, "Native", "A thread pool and the kernels it drives. Methods release the GIL; calls from several threads take turns.");
   native
@@ -98,11 +98,12 @@ NB_MODULE(_native, m) {
             check(threads >= 1 && threads <= 1024, "threads must be from 1 to 1024");
             new (self) Native{ThreadPool(threads), kernels};
           },
-          nb::arg("threads"), nb::arg("isa").none() = nb::none())
+          nb::arg("threads"), nb::arg("isa"))
       .def_prop_ro("isa", [](const Native& self) { return self.kernels->name; })
       .def_prop_ro("threads", [](const Native& self) { return self.pool.threads(); })
-      .def("pack", &pack, nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("source"), nb::arg("packed"))
-      .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual").none(), nb::arg("outs"));
+      .def("pack", &pack, nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("source"), nb::arg("packed").noconvert())
+      .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual").none(),
+           nb::arg("outs").noconvert());
   bind_rest(native);
 }
 

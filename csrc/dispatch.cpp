@@ -39,7 +39,7 @@ const Kernels* supported(int i) {
 const Kernels* find_kernels(const char* name) {
   for (int i = 0; i < 3; i++) {
     const Kernels* kernels = supported(i);
-    if (kernels && (!name || !std::strcmp(name, kernels->name))) return kernels;
+    if (kernels && !std::strcmp(name, kernels->name)) return kernels;
   }
   return nullptr;
 }

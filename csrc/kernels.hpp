@@ -30,6 +30,9 @@ struct LinearTarget {
   float* out;              // [T, N]
 };
 
+// The keys of a block and the dimensions of a value are padded to a multiple of this in the cache.
+constexpr int kCachePad = 16;
+
 // Paged attention over one layer of the cache; see attention.cpp for the cache layout.
 struct AttendArgs {
   const float* q;              // [T, heads * head_dim]
@@ -44,7 +47,6 @@ struct AttendArgs {
   const int32_t* slots;        // [T]
   const int32_t* seq_starts;   // [S + 1]
   const int32_t* block_tables; // [S, max_blocks]
-  const int32_t* context_lens; // [S]
   int64_t tokens, sequences, max_blocks;
 };
 
@@ -87,7 +89,7 @@ struct Kernels {
 #define PUNA_KERNEL_NAMES(X) \
   X(pack) X(linears) X(decode_rows) X(rms_norm) X(rope) X(swiglu) X(attend) X(sample)
 
-// The table for a name ("portable", "avx2", "avx512", "neon"), or the best this CPU has when name is null; null if it can't run here.
+// The table of that name ("avx512", "avx2", "portable"); null where this machine can't run it.
 const Kernels* find_kernels(const char* name);
 // Bytes of the packed form of a [rows, columns] weight; 0 when the type has no packed form.
 int64_t packed_bytes(int type, int64_t rows, int64_t columns);

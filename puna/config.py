@@ -13,6 +13,8 @@ from typing import Any
 
 from puna.errors import ConfigError
 
+_LIMIT = 2**31
+_LARGEST = 1e30
 ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "factors")
 
 
@@ -38,8 +40,13 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ConfigError(f"rope_scaling type {self.rope_type!r} is not supported; known: {', '.join(ROPE_TYPES)}")
-        if not (math.isfinite(self.factor) and self.factor > 0):
-            raise ConfigError(f"rope_scaling factor must be a positive number, found {self.factor!r}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"rope_scaling {name} must be a positive number, found {value!r}")
+        original = self.original_max_position_embeddings
+        if original is not None and not 0 < original < _LIMIT:
+            raise ConfigError(f"rope_scaling original_max_position_embeddings must be positive, found {original!r}")
         if self.rope_type == "llama3":
             if not self.original_max_position_embeddings:
                 raise ConfigError("rope_scaling of type llama3 needs original_max_position_embeddings")
@@ -91,7 +98,7 @@ class ModelConfig:
             "max_position_embeddings",
         ):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _LIMIT:
                 raise ConfigError(f"{field} must be a positive whole number, found {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -102,8 +109,8 @@ class ModelConfig:
             raise ConfigError(f"head_dim must be even for rotary positions, found {self.head_dim}")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
             raise ConfigError(f"rms_norm_eps must be a non-negative number, found {self.rms_norm_eps!r}")
-        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
-            raise ConfigError(f"rope_theta must be a positive number, found {self.rope_theta!r}")
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 1):
+            raise ConfigError(f"rope_theta must be a number above 1, found {self.rope_theta!r}")
         scaling = self.rope_scaling
         if scaling and scaling.factors and len(scaling.factors) != self.head_dim // 2:
             raise ConfigError(
@@ -200,8 +207,8 @@ class ModelConfig:
         heads = _whole(metadata, "llama.attention.head_count")
         hidden = _whole(metadata, "llama.embedding_length")
         tokens = metadata.get("tokenizer.ggml.tokens", [])
-        if not isinstance(tokens, list):
-            raise ConfigError(f"tokenizer.ggml.tokens must be an array, found {tokens!r}")
+        if not isinstance(tokens, (list, tuple)):
+            raise ConfigError(f"tokenizer.ggml.tokens must be an array, found {_shown(tokens)}")
         context = _whole(metadata, "llama.context_length")
         head_dim = _whole(metadata, "llama.attention.key_length", _divide(hidden, heads))
         for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
@@ -224,9 +231,7 @@ class ModelConfig:
             attention_bias=attention_bias,
             mlp_bias=mlp_bias,
             bos_token_id=_optional_id(metadata.get("tokenizer.ggml.bos_token_id")),
-            eos_token_ids=tuple(
-                dict.fromkeys(_ids([metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]))
-            ),
+            eos_token_ids=_ids([metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]),
             pad_token_id=_optional_id(metadata.get("tokenizer.ggml.padding_token_id")),
         )
         if not rope_factors:
@@ -404,6 +409,8 @@ def _rope_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default")) or "default"
     if kind == "default":
         return None
+    if kind not in ("linear", "dynamic", "yarn", "llama3"):
+        raise ConfigError(f"rope_scaling type {_shown(kind)} is not supported; known: linear, dynamic, yarn, llama3")
     for unsupported in ("mscale", "mscale_all_dim"):
         if rope.get(unsupported):
             raise ConfigError(f"rope_scaling.{unsupported} is not supported; it belongs to another model family")
@@ -415,7 +422,7 @@ def _rope_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     elif kind == "llama3":
         original = _whole(rope, "original_max_position_embeddings")
     return RopeScaling(
-        rope_type=str(kind),
+        rope_type=kind,
         factor=_number(rope, "factor", context / original if original and kind == "yarn" else None),
         original_max_position_embeddings=original,
         low_freq_factor=_number(rope, "low_freq_factor", 1.0),
@@ -452,6 +459,8 @@ def _rope_from_gguf(metadata: Mapping[str, Any], context: int) -> RopeScaling | 
         return None
     if kind not in ("linear", "yarn"):
         raise ConfigError(f"llama.rope.scaling.type {kind!r} is not supported; known: none, linear, yarn")
+    if _number(metadata, "llama.rope.scaling.attn_factor", 1.0) != 1.0:
+        raise ConfigError("llama.rope.scaling.attn_factor is not supported; convert the model from safetensors instead")
     original = _whole(metadata, "llama.rope.scaling.original_context_length", context)
     return RopeScaling(
         rope_type=kind,
@@ -468,8 +477,8 @@ def _whole(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
         value = default
     if value is None:
         raise ConfigError(f"the model's configuration lacks {key}")
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{key} must be a whole number, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= _LIMIT:
+        raise ConfigError(f"{key} must be a whole number below {_LIMIT}, found {_shown(value)}")
     return value
 
 
@@ -486,9 +495,17 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> f
         value = default
     if value is None:
         raise ConfigError(f"the model's configuration lacks {key}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{key} must be a number, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+        raise ConfigError(f"{key} must be a number of at most {_LARGEST}, found {_shown(value)}")
     return float(value)
+
+
+def _shown(value: Any) -> str:
+    """The value in a message; a hostile file may hold a text, list or number that fills the screen."""
+    try:
+        return repr(value)[:100]
+    except (ValueError, RecursionError):  # Python prints no number of more than 4300 digits
+        return "something that cannot be shown"
 
 
 def _divide(total: int, parts: int) -> int | None:
@@ -497,14 +514,14 @@ def _divide(total: int, parts: int) -> int | None:
 
 def _ids(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(i for i in map(_optional_id, values) if i is not None)
+    return tuple(dict.fromkeys(i for i in map(_optional_id, values) if i is not None))
 
 
 def _optional_id(value: Any) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"a token id must be a whole number, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value >= _LIMIT:
+        raise ConfigError(f"a token id must be a whole number below {_LIMIT}, found {_shown(value)}")
     return value if value >= 0 else None
 
 
@@ -512,7 +529,10 @@ def _shortest_float32(value: float) -> float:
     """GGUF stores float32; the shortest decimal that rounds to it is what was meant (1e-05, not 9.99999975e-06)."""
     if not abs(value) < 3.4e38:  # what float32 cannot hold was stored as float64
         return value
-    packed = struct.pack("<f", value)
+    try:
+        packed = struct.pack("<f", value)
+    except OverflowError:
+        return value
     for digits in range(1, 10):
         candidate = float(f"{value:.{digits}g}")
         if struct.pack("<f", candidate) == packed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from puna.errors import TemplateError
 from puna.tokenizer import Tokenizer
 
-# Meta's llama/generation.py: every exchange is a sequence of its own, from <s> to </s>; the system text goes into the first.
+# Meta's llama/generation.py: every exchange is a sequence of its own, <s> to </s>; the system text is in the first.
 LLAMA2 = """\
 {%- if tools %}{{ raise_exception('this format has no place for tools') }}{% endif -%}
 {%- set system, turns = '', messages -%}
@@ -48,8 +48,8 @@ BUILTIN = {"llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML}
 def builtin_template(tokenizer: Tokenizer) -> str:
     """The template that the vocabulary's control tokens call for.
 
-    Llama 2's vocabulary is the same in base and chat models, so that format is assumed for it. Raises TemplateError when
-    the vocabulary shows no chat format.
+    Llama 2's vocabulary is the same in base and chat models, so that format is assumed for it. Raises TemplateError
+    when the vocabulary shows no chat format.
     """
     tokens = tokenizer.special_tokens
     if "<|start_header_id|>" in tokens and "<|eot_id|>" in tokens:

@@ -11,6 +11,7 @@ from jinja2.exceptions import TemplateError as JinjaError
 from puna.chat.messages import Message
 from puna.chat.sandbox import METER, Meter, Refused, TemplateEnvironment, size_of
 from puna.errors import TemplateError
+from puna.tokenizer import Tokenizer
 
 MAX_SOURCE = 1 << 20
 _END_OF_CONTENT = "\ue0ff continue here \ue0ff"
@@ -37,6 +38,15 @@ class ChatTemplate:
             # A hostile source can make Python's own compiler give up in many ways.
             raise TemplateError(f"the chat template does not compile: {_describe(error)}") from None
 
+    @classmethod
+    def for_tokenizer(cls, source: str, tokenizer: Tokenizer) -> ChatTemplate:
+        """A template with the spelling of a tokenizer's BOS and EOS. Raises TemplateError."""
+
+        def spelled(token: int | None) -> str:
+            return "" if token is None else tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+        return cls(source, spelled(tokenizer.bos_id), spelled(tokenizer.eos_id))
+
     def render(
         self,
         messages: Sequence[Message | Mapping[str, Any]],
@@ -60,7 +70,7 @@ class ChatTemplate:
         given: dict[str, Any] = {
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
-            **variables,
+            **{name: _plain(value) for name, value in variables.items()},
             "messages": _plain(plain),
             "tools": _plain(tools),
             "documents": _plain(documents),

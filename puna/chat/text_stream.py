@@ -11,10 +11,11 @@ from puna.errors import RequestError
 class TextStream:
     """The text of one answer.
 
-    ``token_bytes`` gives the bytes that a token adds. Characters are handed out when whole; bytes that are not UTF-8 become
-    U+FFFD, exactly as decoding the whole answer at once would have it. Text that may be the beginning of a stop string is held
-    back. The stop string that is complete first ends the answer: it is not handed out, nor is anything after it; ``stopped`` then
-    holds it. Tokens in ``skip`` (control tokens) add nothing. Raises RequestError for an empty stop string.
+    ``token_bytes`` gives the bytes that a token adds. Characters are handed out when whole; bytes that are not UTF-8
+    become U+FFFD, exactly as decoding the whole answer at once would have it. Text that may be the beginning of a stop
+    string is held back. The stop string that is complete first ends the answer: neither it nor anything after it is
+    handed out, and ``stopped`` holds it. Tokens in ``skip`` (control tokens) add nothing. Raises RequestError for an
+    empty stop string.
     """
 
     def __init__(

@@ -11,7 +11,10 @@ import click
 @click.argument("source")
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "format_name", type=click.Choice(["gguf", "safetensors", "meta"]), help="Default: by the destination's name."
+    "--format",
+    "format_name",
+    type=click.Choice(["gguf", "safetensors", "meta"]),
+    help="Default: by the destination's name.",
 )
 @click.option("--type", "weight_type", help="Re-encode the matrices: F32, F16, BF16, and for GGUF Q8_0, Q4_0, …")
 @click.option("--force", is_flag=True, help="Replace the destination if it exists.")

@@ -22,4 +22,6 @@ def import_model(path: Path, name: str | None, copy: bool, force: bool) -> None:
     open_checkpoint(path)  # a file that can't be read as a model is refused before it is stored
     with TerminalProgress() as progress:
         manifest = import_file(path, name, progress=progress, copy=copy, replace=force)
-    click.echo(f"{manifest.model_name} is ready: {human_bytes(manifest.size)}. Try: puna run {manifest.model_name}", err=True)
+    click.echo(
+        f"{manifest.model_name} is ready: {human_bytes(manifest.size)}. Try: puna run {manifest.model_name}", err=True
+    )

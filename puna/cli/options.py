@@ -20,10 +20,14 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 threads_option: Decorator = click.option(
     "--threads", type=click.IntRange(1), help="Threads to compute with (default: physical cores)."
 )
-ops_option: Decorator = click.option("--ops", type=click.Choice(["native", "reference"]), help="Implementation to run on.")
+ops_option: Decorator = click.option(
+    "--ops", type=click.Choice(["native", "reference"]), help="Implementation to run on."
+)
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 context_option: Decorator = click.option(
-    "--context-length", type=click.IntRange(1), help="Tokens of prompt and answer together (default: the model's, up to 8192)."
+    "--context-length",
+    type=click.IntRange(1),
+    help="Tokens of prompt and answer together (default: the model's, up to 8192).",
 )
 
 # Option name, SamplingParams field, type, help. Names are ollama's where it has one.
@@ -60,7 +64,7 @@ def sampling_values(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_constraint(llm: LLM, text: str | None) -> Constraint | None:
-    """``--format``: the word json, a JSON schema, or a file that holds one. Raises RequestError when it is none of these."""
+    """``--format``: the word json, a JSON schema, or a file that holds one. Raises RequestError for anything else."""
     if text is None:
         return None
     if text == "json":
@@ -70,7 +74,9 @@ def format_constraint(llm: LLM, text: str | None) -> Constraint | None:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            raise RequestError(f"--format must be json, a JSON schema, or a file with one; cannot read {path}") from None
+            raise RequestError(
+                f"--format must be json, a JSON schema, or a file with one; cannot read {path}"
+            ) from None
     try:
         schema = json.loads(text)
     except ValueError as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from puna.engine import Timings
-    from puna.llm import LLM, Chunk
+    from puna.llm import Chunk
 
 
 @click.command()

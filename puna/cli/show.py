@@ -58,7 +58,7 @@ def model_facts(model: str) -> dict[str, Any]:
             "context length": config.max_position_embeddings,
             "embedding length": config.hidden_size,
             "layers": config.num_hidden_layers,
-            "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}",
+            "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value of {config.head_dim}",
             "vocabulary": config.vocab_size,
             "rope": f"theta {config.rope_theta:g}" + (f", {scaling.rope_type} × {scaling.factor:g}" if scaling else ""),
             "types": ", ".join(f"{name} × {count}" for name, count in types.most_common()),

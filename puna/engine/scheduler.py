@@ -28,9 +28,10 @@ class Scheduler:
     """Continuous batching with chunked prefill, first come, first served.
 
     A step computes at most ``max_batch_tokens`` tokens of at most ``max_sequences`` sequences. Sequences that run come
-    first, and each is sure of one token, so that a long prompt never holds up the others. A sequence is admitted when
-    there are blocks for all of its tokens. When blocks run out, the sequence that arrived last goes back to waiting and
-    is computed again later. Everyone running arrived before everyone waiting.
+    first; what they leave of the budget admits new ones, when there are blocks for all of their tokens. Whoever is given
+    less than it is behind has used up the budget, so it is the last that runs, and never holds up those before it. When
+    blocks run out, the sequence that arrived last goes back to waiting and is computed again later. Everyone running
+    arrived before everyone waiting.
     """
 
     def __init__(self, pool: BlockPool, max_batch_tokens: int, max_sequences: int) -> None:
@@ -53,8 +54,8 @@ class Scheduler:
         preemptions = self.num_preemptions
         while len(works) < len(self.running):
             sequence = self.running[len(works)]
-            after = len(self.running) - len(works) - 1
-            count = min(sequence.behind, budget - after)
+            count = min(sequence.behind, budget)
+            assert count > 0
             if not self._reserve(sequence, count):
                 break
             works.append(Work(sequence, count))

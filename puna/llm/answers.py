@@ -53,7 +53,7 @@ class _Answer:
     def __init__(self, index: int, stream: Stream, tokenizer: Tokenizer) -> None:
         self.index = index
         self.stream = stream
-        self._text = TextStream(tokenizer.token_bytes, stream.request.params.stop)
+        self._text = TextStream(tokenizer.token_bytes, stream.request.params.stop, skip=tokenizer.special_ids)
 
     def chunk(self, event: Event) -> Chunk:
         text = "" if event.token is None else self._text.push(event.token)

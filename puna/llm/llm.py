@@ -18,7 +18,7 @@ from puna.chat.prompt import Prompt, render_prompt
 from puna.chat.template import ChatTemplate
 from puna.checkpoint import open_checkpoint
 from puna.engine import Constraint, Engine, Request, SamplingParams
-from puna.errors import RequestError, TokenizerError
+from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
 from puna.model.model import Model
@@ -83,8 +83,9 @@ class LLM:
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
-        ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to the
-        physical cores. ``ops``: ``native`` or ``reference``. Raises StoreError, CheckpointError, ConfigError, TokenizerError.
+        ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to
+        the physical cores. ``ops``: ``native`` or ``reference``. Raises StoreError, CheckpointError, ConfigError,
+        TokenizerError.
         """
         found = resolve(name_or_path)
         checkpoint = open_checkpoint(found.path)
@@ -106,7 +107,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -122,6 +125,14 @@ class LLM:
         source = self._chat_template or builtin_template(self.tokenizer)
         return ChatTemplate.for_tokenizer(source, self.tokenizer)
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the model can chat; a base model only continues text."""
+        try:
+            return bool(self._chat_template or builtin_template(self.tokenizer))
+        except TemplateError:
+            return False
+
     @cached_property
     def constraints(self) -> ConstraintCompiler:
         """Makes constraints (JSON schema, regular expression, grammar) for this model's vocabulary."""
@@ -135,7 +146,7 @@ class LLM:
         return frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_ids)
 
     def sampling(self, params: SamplingParams | None = None, **overrides: Any) -> SamplingParams:
-        """``params``, or the model's defaults with ``overrides``. Raises RequestError for an unknown or bad parameter."""
+        """``params``, or the model's defaults with ``overrides``. Raises RequestError for a parameter that is none."""
         if params is not None:
             if overrides:
                 raise RequestError("give either params or single sampling parameters, not both")
@@ -169,9 +180,9 @@ class LLM:
     ) -> Completion | list[Completion] | Iterator[Chunk]:
         """Continue raw text, several texts at once in one batch, with no chat template.
 
-        ``sampling`` are fields of SamplingParams (``temperature``, ``max_tokens``, ``seed``, ``stop``, …). With ``stream``,
-        pieces come as they are ready. ``constraint`` comes from ``llm.constraints``. ``parse_special`` reads control tokens
-        in the prompt's text as such. Raises RequestError.
+        ``sampling`` are fields of SamplingParams (``temperature``, ``max_tokens``, ``seed``, ``stop``, …). With
+        ``stream``, pieces come as they are ready. ``constraint`` comes from ``llm.constraints``. ``parse_special``
+        reads control tokens in the prompt's text as such. Raises RequestError.
 
         >>> llm.generate("The capital of France is", temperature=0, max_tokens=1).text
         ' Paris'
@@ -219,8 +230,8 @@ class LLM:
 
         Control tokens in a message's text are plain text to the model. Raises RequestError, TemplateError.
 
-        >>> llm.chat([{"role": "user", "content": "Say hi."}], temperature=0, max_tokens=8).finish_reason in ("stop", "length")
-        True
+        >>> llm.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0).text
+        'The capital of France is Paris.'
         """
         prompt = self.prompt(messages, tools=tools)
         requests = [self._request(prompt.ids, self.sampling(params, **sampling), constraint)]
@@ -257,8 +268,8 @@ class LLM:
     def score(self, prompt: str, continuation: str) -> scoring.Score:
         """How probable ``continuation`` is after ``prompt``.
 
-        The prompt's tokens are those it has on its own; trailing white space of it is counted to the continuation, where
-        tokenizers put it.
+        The prompt's tokens are those it has on its own; trailing white space of it is counted to the continuation,
+        where tokenizers put it.
 
         >>> good, bad = (llm.score("The capital of France is", place).logprob for place in (" Paris", " Oslo"))
         >>> good > bad
@@ -281,7 +292,7 @@ def _cache_blocks(model: Model, context_length: int, *, explicit: bool) -> int:
     affordable = psutil.virtual_memory().available // 2 // block_bytes
     if affordable < one_context and explicit:
         raise RequestError(
-            f"a context of {context_length} tokens needs {one_context * block_bytes >> 20} MiB of cache, more than half of "
-            f"the free memory ({affordable * block_bytes >> 20} MiB); choose a smaller context_length"
+            f"a context of {context_length} tokens needs {one_context * block_bytes >> 20} MiB of cache, more than "
+            f"half of the free memory ({affordable * block_bytes >> 20} MiB); choose a smaller context_length"
         )
     return int(max(1, min(4 * one_context, affordable)))

@@ -18,7 +18,7 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class Score:
-    """How probable a continuation is: log probabilities are natural; ``is_greedy`` when each token was the most probable."""
+    """How probable a continuation is, in natural logarithms; ``is_greedy`` when each token was the most probable."""
 
     logprob: float
     token_ids: list[int]

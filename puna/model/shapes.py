@@ -23,7 +23,7 @@ def flops_per_token(config: ModelConfig, context_length: int = 0) -> int:
 
     Every matrix element is one multiplication and one addition: ``2 · matrix elements``. Attention adds
     ``4 · L · H · d · context``: scores and weighted sum, 2 operations each, over L layers, H query heads of dimension d
-    (Kaplan et al. 2020, Appendix; Hoffmann et al. 2022, Appendix F). The embedding lookup, norms and rotations are left out.
+    (Kaplan et al. 2020, table 1; Hoffmann et al. 2022, appendix F). Embedding lookup, norms and rotations are left out.
     """
     head = config.vocab_size * config.hidden_size
     layers = sum(

@@ -1,7 +1,8 @@
 """The arithmetic that a model is written in: about a dozen coarse operations over flat batches.
 
-Shapes: T tokens of the batch, S sequences, R rows whose logits are wanted, D hidden size, H query heads, G key/value heads,
-d head dimension, V vocabulary. ``Array`` is whatever the implementation computes in (numpy here, torch tensors elsewhere).
+Shapes: T tokens of the batch, S sequences, R rows whose logits are wanted, D hidden size, H query heads, G key/value
+heads, d head dimension, V vocabulary. ``Array`` is whatever the implementation computes in (numpy here, torch tensors
+elsewhere).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Batch:
     """One step of the model: the new tokens of every sequence, flat. There is no prefill/decode distinction.
 
     ``tokens``, ``positions`` and ``slots`` are int32[T]; ``slots`` is where each token's key and value go
-    (``block * block_size + offset``). Sequence s owns tokens ``seq_starts[s]:seq_starts[s + 1]`` (int32[S + 1]), reads its
-    context through ``block_tables[s]`` (int32[S, max_blocks]), and spans ``context_lens[s]`` positions once this step's
-    tokens are written. ``logit_rows`` (int32[R]) are the token indices whose logits are wanted.
+    (``block * block_size + offset``). Sequence s owns tokens ``seq_starts[s]:seq_starts[s + 1]`` (int32[S + 1]),
+    reads its context through ``block_tables[s]`` (int32[S, max_blocks]), and spans ``context_lens[s]`` positions once
+    this step's tokens are written. ``logit_rows`` (int32[R]) are the token indices whose logits are wanted.
     """
 
     tokens: NDArray[np.int32]
@@ -50,12 +51,13 @@ class KVCache(Protocol):
 class SamplingRow:
     """How to choose the next token of one row of logits.
 
-    Applied in this order, as transformers' logits processors do: ``repeat_penalty`` (Keskar et al. 2019), ``frequency_penalty``
-    and ``presence_penalty`` (OpenAI) over ``history`` (int32 ids), ``bias``, ``allowed``; then ``temperature``, ``top_k``
-    (0: off), ``top_p``, ``min_p``, ``typical_p``; then the token at cumulative probability ``uniform`` in [0, 1), tokens taken
-    in descending probability (ties: lower id first). Temperature 0 takes the most probable token. ``allowed`` is a bit mask,
-    uint32[ceil(V / 32)], bit i % 32 of word i // 32 set when token i may be chosen. ``top_logprobs`` asks for that many of the
-    most probable tokens, from the raw logits (before any of the above).
+    Applied in this order, as transformers' logits processors do: ``repeat_penalty`` (Keskar et al. 2019),
+    ``frequency_penalty`` and ``presence_penalty`` (OpenAI) over ``history`` (int32 ids), ``bias``, ``allowed``; then
+    ``temperature``, ``top_k`` (0: off), ``top_p``, ``min_p``, ``typical_p``; then the token at cumulative probability
+    ``uniform`` in [0, 1), tokens taken in descending probability (ties: lower id first). Temperature 0 takes the most
+    probable token. ``allowed`` is a bit mask, uint32[ceil(V / 32)], bit i % 32 of word i // 32 set when token i may
+    be chosen. ``top_logprobs`` asks for that many of the most probable tokens, from the raw logits (before any of the
+    above).
     """
 
     temperature: float = 0.0

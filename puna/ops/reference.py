@@ -52,7 +52,8 @@ class ReferenceOps:
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
         variance = np.mean(np.square(x), axis=-1, keepdims=True)
-        return x / np.sqrt(variance + np.float32(eps)) * weight
+        normalised: Floats = x / np.sqrt(variance + np.float32(eps)) * weight
+        return normalised
 
     def linear(self, x: Floats, w: Floats, bias: Floats | None = None, residual: Floats | None = None) -> Floats:
         y: Floats = x @ w.T
@@ -99,7 +100,8 @@ class ReferenceOps:
 
     def swiglu(self, gate: Floats, up: Floats) -> Floats:
         with np.errstate(over="ignore"):  # exp(-gate) past the range gives silu = -0, as it should
-            return gate / (1 + np.exp(-gate)) * up
+            gated: Floats = gate / (1 + np.exp(-gate)) * up
+        return gated
 
     def rows(self, x: Floats, index: NDArray[np.int32]) -> Floats:
         return x[index]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,13 +50,14 @@ def adjust_logits(raw: NDArray[np.float32], row: SamplingRow) -> NDArray[np.floa
     repeat = np.float32(row.repeat_penalty)
     x[seen] = np.where(x[seen] < 0, x[seen] * repeat, x[seen] / repeat)
     x[seen] = (x[seen] - float(np.float32(row.frequency_penalty)) * counts) - float(np.float32(row.presence_penalty))
+    x[seen] = _finite(x[seen])
     for token, value in row.bias.items():
         if 0 <= token < len(x):
-            x[token] += np.float32(value)
+            x[token] = _finite(x[token] + np.float32(value))
     if row.allowed is not None:
         bits = np.unpackbits(row.allowed.astype("<u4").view(np.uint8), bitorder="little")
         x[bits[: len(x)] == 0] = -np.inf
-    return _finite(x)
+    return x
 
 
 def _candidates(x: NDArray[np.float32], row: SamplingRow) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -96,7 +98,7 @@ def _typical(z: NDArray[np.float64], weights: NDArray[np.float64], mass: float) 
     return keep
 
 
-def _finite(x: NDArray[np.float32]) -> NDArray[np.float32]:
+def _finite(x: Any) -> Any:
     return np.nan_to_num(x, nan=-np.inf, posinf=LARGEST, neginf=-np.inf)
 
 

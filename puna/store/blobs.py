@@ -37,9 +37,13 @@ class Blobs:
         """Where a whole, checked file of that digest waits for its manifest."""
         return self.partial / (_PREFIX + sha256)
 
+    def places(self, sha256: str) -> tuple[Path, Path]:
+        """Where to look for a digest, in the order of its life, so that a file that moves meanwhile is not missed."""
+        return self.staged(sha256), self.path(sha256)
+
     def present(self, file: StoredFile) -> bool:
         """Whether the bytes are here, published or staged, judged by their size."""
-        return any(_size(path) == file.size for path in (self.path(file.sha256), self.staged(file.sha256)))
+        return any(_size(path) == file.size for path in self.places(file.sha256))
 
     @contextmanager
     def receiving(self, key: str, on_wait: Callable[[], None]) -> Iterator[Path]:

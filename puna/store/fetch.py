@@ -6,7 +6,7 @@ import hashlib
 
 from puna.errors import SourceError, StoreError
 from puna.store.blobs import Blobs
-from puna.store.disk import disk_errors
+from puna.store.disk import digest_file, disk_errors
 from puna.store.http_download import Http, Remote, shown
 from puna.store.importing import check_magic
 from puna.store.manifest import StoredFile
@@ -24,10 +24,9 @@ def fetch(blobs: Blobs, http: Http, remote: Remote, progress: Progress) -> Store
         progress.status(f"waiting for another Puna process that is downloading {remote.file}")
 
     with disk_errors(blobs.partial), blobs.receiving(identity, on_wait) as part:
-        if remote.sha256 and remote.size is not None:
-            stored = StoredFile(remote.file, remote.sha256, remote.size)
-            if blobs.present(stored):
-                return stored
+        here = _already_here(blobs, remote)
+        if here is not None:
+            return here
         sha256, size = http.download(remote, part, progress)
         if remote.file.lower().endswith(".gguf"):
             try:
@@ -37,3 +36,15 @@ def fetch(blobs: Blobs, http: Http, remote: Remote, progress: Progress) -> Store
                 raise SourceError(str(error)) from None
         blobs.stage(part, sha256)
     return StoredFile(remote.file, sha256, size)
+
+
+def _already_here(blobs: Blobs, remote: Remote) -> StoredFile | None:
+    if remote.sha256 is None:
+        return None
+    if remote.size is not None:
+        stored = StoredFile(remote.file, remote.sha256, remote.size)
+        return stored if blobs.present(stored) else None
+    for path in blobs.places(remote.sha256):  # no size to tell whether the bytes are sound: their digest must
+        if path.exists() and digest_file(path) == remote.sha256:
+            return StoredFile(remote.file, remote.sha256, path.stat().st_size)
+    return None

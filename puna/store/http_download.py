@@ -19,7 +19,7 @@ import httpx
 
 from puna import __version__
 from puna.errors import SourceError
-from puna.store.disk import CHUNK, check_space
+from puna.store.disk import check_space
 from puna.store.part_file import PartFile
 from puna.store.progress import Meter, Progress
 
@@ -87,7 +87,7 @@ class Http:
             body = bytearray()
             with self._client.stream("GET", remote.url, headers=_authorization(remote)) as response:
                 self._check(response, remote)
-                for chunk in response.iter_raw(CHUNK):
+                for chunk in response.iter_raw():
                     body += chunk
                     if len(body) > _MAX_JSON:
                         raise SourceError(f"{shown(remote.url)}: the answer is longer than {_MAX_JSON} bytes")
@@ -140,7 +140,7 @@ class Http:
             check_space(part.path.parent, total - part.size, remote.file)
             meter = Meter(progress, remote.file, total)
             meter.update(part.size)
-            for chunk in response.iter_raw(CHUNK):
+            for chunk in response.iter_raw():  # as they come: a larger size would be lost with the connection
                 if part.size + len(chunk) > total:
                     raise SourceError(f"{shown(remote.url)} sent more than the {total} bytes it promised")
                 part.write(chunk)

@@ -17,6 +17,7 @@ from puna.store.progress import Progress
 from puna.store.selection import check_parts, select_files
 
 _HASH = re.compile(r"[0-9a-f]{64}")
+_TOKEN = re.compile(r"[!-~]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -36,6 +37,8 @@ def fetch_repository(
     """
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
     token = token or user_token()
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise SourceError("the access token must be one word of ASCII characters; check HF_TOKEN or --token")
     denied = (
         f"{repository} does not exist, is private, or asks you to accept its licence. Accept it at "
         f"{endpoint}/{repository}, then give your access token with HF_TOKEN or --token"

@@ -38,21 +38,25 @@ def import_file(
     model_name = ModelName.parse(name) if name else _name_of(path)
     with disk_errors(path):
         folder, files = _files_of(path)
-        existing = store.read(model_name)
-        if existing is not None and not replace and {f.file for f in existing.files} != set(files):
-            store.check_free(model_name)  # commit checks again, but only after the long work
-        stored = tuple(_take(store, folder / file, progress, copy) for file in files)
-    manifest = Manifest(model_name.name, model_name.tag, stored, licence=licence, source=str(path), lineage=lineage)
-    if existing is not None and existing.content_digest == manifest.content_digest:
+    existing = store.read(model_name)
+    if existing is not None and not replace and {f.file for f in existing.files} != set(files):
+        store.check_free(model_name)  # commit checks again, but only after the long work
+
+    def make() -> Manifest:
+        with disk_errors(path):
+            stored = tuple(_take(store, folder / file, progress, copy) for file in files)
+        made = Manifest(model_name.name, model_name.tag, stored, licence=licence, source=str(path), lineage=lineage)
+        if existing is None or existing.content_digest != made.content_digest:
+            return made
         # Imported again: keep the template, system prompt and parameters that it was given since.
-        manifest = dataclasses.replace(
+        return dataclasses.replace(
             existing,
-            source=manifest.source,
+            source=made.source,
             licence=licence or existing.licence,
             lineage=lineage or existing.lineage,
         )
-    store.commit(manifest, replace=replace)
-    return manifest
+
+    return store.add(make, replace=replace)
 
 
 def _name_of(path: Path) -> ModelName:

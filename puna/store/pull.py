@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from puna.store.manifest import Manifest, StoredFile, is_file_name
 from puna.store.names import DEFAULT_TAG, ModelName, catalog_entry, name_part_from
 from puna.store.progress import Progress, Silent
 from puna.store.resolve import existing_path
-from puna.store.store import MissingBlobs, Store
+from puna.store.store import Store
 
 if TYPE_CHECKING:
     from puna.store.http_download import Http
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _HUB_HOSTS = {"huggingface.co", "www.huggingface.co", "hf.co"}
 _HUB_PREFIX = re.compile(r"^(hf\.co|huggingface\.co)/", re.IGNORECASE)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,18 @@ def pull(
     # httpx is slow to import, and only a download needs it.
     from puna.store.http_download import Http
 
-    if http is not None:
-        return _fetch_and_commit(plan, store, progress, token, http)
-    with Http() as own:
-        return _fetch_and_commit(plan, store, progress, token, own)
+    with nullcontext(http) if http is not None else Http() as client:
+        return store.add(lambda: _fetch(plan, store, progress, token, client))
 
 
-def _fetch_and_commit(plan: _Plan, store: Store, progress: Progress, token: str | None, http: Http) -> Manifest:
-    for attempt in range(_ATTEMPTS):
-        files, source = _first_that_delivers(plan, store, progress, token, http)
-        existing = _existing(store, plan.name)
-        manifest = Manifest(plan.name.name, plan.name.tag, files, licence=plan.licence, source=source)
-        if existing is not None and existing.content_digest == manifest.content_digest:
-            manifest = existing  # with the template, system prompt and parameters that it was given since
-        try:
-            store.commit(manifest)
-            return manifest
-        except MissingBlobs:  # collected between the look and the commit
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
+def _fetch(plan: _Plan, store: Store, progress: Progress, token: str | None, http: Http) -> Manifest:
+    """Stage the files and describe them."""
+    files, source = _first_that_delivers(plan, store, progress, token, http)
+    manifest = Manifest(plan.name.name, plan.name.tag, files, licence=plan.licence, source=source)
+    existing = _existing(store, plan.name)
+    if existing is not None and existing.content_digest == manifest.content_digest:
+        return existing  # with the template, system prompt and parameters that it was given since
+    return manifest
 
 
 def _existing(store: Store, name: ModelName) -> Manifest | None:

@@ -22,6 +22,7 @@ from puna.store.manifest import Manifest, StoredFile
 from puna.store.names import ModelName, catalog_entry
 from puna.store.progress import Meter, Progress, Silent
 
+_ATTEMPTS = 20
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
@@ -123,6 +124,23 @@ class Store:
             with self._locked(), disk_errors(view):
                 self._build_view(manifest)
         return view / min(file.file for file in manifest.files) if manifest.is_gguf else view
+
+    def add(self, make: Callable[[], Manifest], *, replace: bool = True) -> Manifest:
+        """Commit what ``make`` stages and describes.
+
+        It is called again when another process, between its look and the commit, removed the last model that had one of
+        the files. Raises what ``make`` and ``commit`` raise.
+        """
+        for _ in range(_ATTEMPTS - 1):
+            manifest = make()
+            try:
+                self.commit(manifest, replace=replace)
+            except MissingBlobs:
+                continue
+            return manifest
+        manifest = make()
+        self.commit(manifest, replace=replace)
+        return manifest
 
     def commit(self, manifest: Manifest, *, replace: bool = True) -> None:
         """Store a manifest whose files are staged or present, all or nothing.

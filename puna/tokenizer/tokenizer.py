@@ -46,7 +46,7 @@ class Tokenizer:
         self.special_tokens: dict[str, int] = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN)
         ends = {self.special_tokens[name] for name in _END_TOKENS if name in self.special_tokens}
         self.eos_ids = frozenset(ends if self.eos_id is None else ends | {self.eos_id})
-        self._special_ids = frozenset(self.special_tokens.values())
+        self.special_ids = frozenset(self.special_tokens.values())
         self._user_defined = vocabulary.ids_of(TokenType.USER_DEFINED)
         self._library = _build_library(vocabulary)
         self._charsmap = normalizers.Precompiled(vocabulary.charsmap) if vocabulary.charsmap else None
@@ -105,13 +105,13 @@ class Tokenizer:
         strip = prefix != "never"
         for token in ids:
             data = self.token_bytes(token)
-            if token in self._special_ids and skip_special:
+            if token in self.special_ids and skip_special:
                 data = b""
             if self.vocabulary.types[token] == TokenType.CONTROL:
                 strip = prefix in ("segment", "metaspace") or (strip and skip_special)
             elif strip and data:
                 data = data.removeprefix(b" ")
-                strip = False
+                strip = self.vocabulary.remove_extra_whitespaces and not data  # then all leading spaces go
             parts.append(data)
         return b"".join(parts)
 
@@ -126,7 +126,7 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         """Whether the token is a control token (or the unknown token), not text."""
-        return token in self._special_ids
+        return token in self.special_ids
 
     def id_to_token(self, token: int) -> str:
         """A token as the vocabulary spells it (``Ġthe``, ``▁the``, ``<|eot_id|>``). Raises TokenizerError."""

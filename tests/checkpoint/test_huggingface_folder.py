@@ -237,7 +237,7 @@ def test_index_entries_stay_in_the_folder(folder: Path, name: str) -> None:
 def test_index_of_the_wrong_kind(folder: Path, weight_map: object) -> None:
     make_sharded(folder)
     edit_json(folder / INDEX_NAME, weight_map=weight_map)
-    with pytest.raises(CheckpointError, match="weight_map|expected a file"):
+    with pytest.raises(CheckpointError, match=r"weight_map|expected a file"):
         open_checkpoint(folder)
 
 

@@ -23,7 +23,7 @@ def meta_state(config: ModelConfig, weights: dict[str, Any]) -> dict[str, Any]:
     """The state dict of Meta's own model code, permuting q and k rows by the formula of Meta's published converter."""
 
     def interleave(w: Any, heads: int) -> Any:
-        # convert_llama_weights_to_hf.py (transformers): view(heads, dim / heads / 2, 2, cols).transpose(1, 2); inverted.
+        # convert_llama_weights_to_hf.py (transformers): view(heads, -1, 2, cols).transpose(1, 2); inverted.
         return w.view(heads, 2, -1, w.shape[-1]).transpose(1, 2).reshape(w.shape)
 
     t = {name: torch.from_numpy(w.dequantize().copy()) for name, w in weights.items()}

@@ -146,7 +146,7 @@ def test_sizes_beyond_32_bits_are_pickled_exactly() -> None:
     assert content == {"w": StoredTensor(Storage("0", "BF16", 2**33), 0, shape, (2**13, 1))}
 
 
-# --- nothing is run -----------------------------------------------------------------------------------------------------
+# --- nothing is run --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", range(5))
@@ -259,7 +259,7 @@ def test_impossible_views_are_refused(tmp_path: Path, lie: dict) -> None:
         TorchFile(archive(tmp_path / "x.pth", tensor_pickle(**lie), {"0": bytes(24)}))
 
 
-# --- the archive --------------------------------------------------------------------------------------------------------
+# --- the archive -----------------------------------------------------------------------------------------------------
 
 
 def test_storage_smaller_than_claimed_or_absent(tmp_path: Path) -> None:

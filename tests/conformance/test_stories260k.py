@@ -20,4 +20,6 @@ def test_greedy_story(shared_data: Path, file: str, ops: str) -> None:
         story = llm.generate("", temperature=0, max_tokens=256).text
     length = min(len(story), len(expected))
     assert length > 400
-    assert story.lstrip()[:length] == expected[:length] if ops == "reference" else story.lstrip()[:300] == expected[:300]
+    assert (
+        story.lstrip()[:length] == expected[:length] if ops == "reference" else story.lstrip()[:300] == expected[:300]
+    )

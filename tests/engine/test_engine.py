@@ -108,8 +108,7 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     assert late.timings.generated_tokens == 1
 
 
-def test_a_running_prompt_leaves_later_ones_a_token() -> None:
-    """Whoever runs behind a long prompt was admitted before it took the whole budget, and keeps decoding."""
+def test_what_a_prompt_leaves_of_the_budget_goes_to_the_next() -> None:
     model = FakeModel(context_length=200)
     engine = make_engine(model, max_batch_tokens=4, max_sequences=4, num_blocks=100)
     engine.submit(Request(list(range(5)), greedy(max_tokens=2)))

@@ -2,9 +2,9 @@
 
     python tests/golden/make_smollm2.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
 
-transformers dequantizes the file and runs it with its own model, tokenizer and weight conversion: nothing of Puna's is used.
-``margin`` is the smallest lead of the chosen token over the runner-up in logits, so that a test can tell a rounding
-difference from a bug.
+transformers dequantizes the file and runs it with its own model, tokenizer and weight conversion: nothing of Puna's
+is used. ``margin`` is the smallest lead of the chosen token over the runner-up in logits, so that a test can tell a
+rounding difference from a bug.
 """
 
 import json

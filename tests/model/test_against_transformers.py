@@ -1,4 +1,4 @@
-"""Logits of every architecture variant against transformers in float32, an implementation that shares no code with ours."""
+"""Logits of every architecture variant against transformers in float32, which shares no code with ours."""
 
 import numpy as np
 import pytest

@@ -13,7 +13,7 @@ Reply = Callable[[BaseHTTPRequestHandler], None]
 
 
 class LocalServer:
-    """``routes[path]`` lists the replies to successive requests; the last one goes on. ``requests`` holds (path, headers)."""
+    """``routes[path]`` lists the replies to successive requests; the last goes on. ``requests``: (path, headers)."""
 
     def __init__(self) -> None:
         self.routes: dict[str, list[Reply]] = {}
@@ -24,7 +24,6 @@ class LocalServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self.close_connection = True
                 path = self.path.partition("?")[0]
                 server.requests.append((path, {k.lower(): v for k, v in self.headers.items()}))
                 replies = server.routes.get(path)
@@ -32,6 +31,10 @@ class LocalServer:
                     refuse(404)(self)
                 else:
                     (replies.pop(0) if len(replies) > 1 else replies[0])(self)
+
+            def end_headers(self) -> None:
+                self.send_header("Connection", "close")
+                super().end_headers()
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass

@@ -42,10 +42,17 @@ def test_names(text: str, name: str, tag: str) -> None:
         "a:.b",
         "a b",
         "a\\b",
-        "a\0b",
+        "a\x00b",
         "é",
-    ]
-    + ["a:x/y", "a.json/b", "a:b.json", "a" * 200, "a/b/c/d/e", "C:\\x", "-rf", "a\n"[:1] + "\nb"],
+        "a:x/y",
+        "a.json/b",
+        "a:b.json",
+        "a" * 200,
+        "a/b/c/d/e",
+        "C:\\x",
+        "-rf",
+        "a\n"[:1] + "\nb",
+    ],
 )
 def test_not_names(text: str) -> None:
     with pytest.raises(StoreError, match="is not a model name"):

@@ -13,13 +13,29 @@ from hypothesis import strategies as st
 from puna.tokenizer import Tokenizer, load_tokenizer, tokenizer_to_gguf
 
 # Whitespace of every kind, digits, ▁ itself, case folding oddities, combining marks, emoji sequences, NUL.
-AWKWARD = " ▁\t\n\r\0\x85\xa0\u2028\u3000\u200b\ufeff0159½²'sSſLLßẞİıé\u0301\u0308字한かꙮ👍🏽\u200d👩🇩🇪☃\ufe0f=-_/*aabTthe"
-SNIPPETS = [" the", "ing", "Hello", "    ", "\n\n", "▁▁▁", "aaaaa", "ababab", "<s>", "</s>", "<0x0A>", "<|eot_id|>", "<unk>"]
+AWKWARD = (
+    " ▁\t\n\r\0\x85\xa0\u2028\u3000\u200b\ufeff0159½²'sSſLLßẞİıé\u0301\u0308字한かꙮ👍🏽\u200d👩🇩🇪☃\ufe0f=-_/*aabTthe"
+)
+SNIPPETS = [
+    " the",
+    "ing",
+    "Hello",
+    "    ",
+    "\n\n",
+    "▁▁▁",
+    "aaaaa",
+    "ababab",
+    "<s>",
+    "</s>",
+    "<0x0A>",
+    "<|eot_id|>",
+    "<unk>",
+]
 TEXT = st.lists(
     st.one_of(st.sampled_from(AWKWARD), st.sampled_from(SNIPPETS), st.characters(exclude_categories=["Cs", "Cn"])),
     max_size=40,
 ).map("".join)
-fuzz = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @lru_cache
@@ -60,12 +76,19 @@ def test_whitespace_removal_is_sentencepiece(text: str, stories: Tokenizer, shar
     assert stories.encode(text) == sentencepiece_peer(path.read_bytes()).encode(text)
 
 
-@fuzz
-@given(text=TEXT)
-def test_written_sentencepiece_model(text: str, llama2: Tokenizer, tokenizer_data: Path) -> None:
-    written = llama2.to_tokenizer_model()
+@pytest.mark.parametrize("named", ["llama2", "stories"], indirect=True)
+def test_sentencepiece_reads_what_we_write(named: Tokenizer) -> None:
+    written = named.to_tokenizer_model()
     assert written is not None
-    assert sentencepiece_peer(written).encode(text) == llama2.encode(text)
+    peer = sentencepiece_peer(written)
+    assert (peer.bos_id(), peer.eos_id(), peer.unk_id()) == (named.bos_id, named.eos_id, named.unk_id)
+
+    @fuzz
+    @given(text=TEXT)
+    def same_ids(text: str) -> None:
+        assert peer.encode(text) == named.encode(text)
+
+    same_ids()
 
 
 @fuzz
@@ -92,9 +115,6 @@ def test_unigram_is_sentencepiece(tokenizer_data: Path, shared_data: Path) -> No
     path = tokenizer_data / "sentencepiece.model"
     peer, ours = sentencepiece_peer(path.read_bytes()), load_tokenizer(path)
     texts = ["", " ", "  two  spaces ", "Ünïcödé", "ﬁne ２", "tabs\tand\nlines", "<pad></s>", "unknown 🦙🦙 runs"]
-    texts += (shared_data / "text" / "wikitext2-raw-sample.txt").read_text("utf-8").splitlines()[:200] if (
-        shared_data / "text" / "wikitext2-raw-sample.txt"
-    ).exists() else []
     for text in texts:
         assert ours.encode(text) == peer.encode(text), text
 
@@ -152,7 +172,7 @@ def test_llama_cpp_reads_what_we_write(named: Tokenizer, tmp_path: Path) -> None
     vocab = llama_cpp.llama_model_get_vocab(model)
     assert bool(llama_cpp.llama_vocab_get_add_bos(vocab)) == named.add_bos
     ends = {token for token in range(named.vocab_size) if llama_cpp.llama_vocab_is_eog(vocab, token)}
-    assert ends == named.eos_ids
+    assert named.eos_ids <= ends  # llama.cpp also stops at some file separators, which these models never emit in chat
     texts = ["Hello  world\n\n 123456 it's HE'LL", " Once upon a time", "▁x", "été 字 👍🏽 ½", "</s><|eot_id|>"]
     if named.vocabulary.remove_extra_whitespaces:  # llama.cpp doesn't know that rule for SentencePiece BPE
         texts = ["Once upon a time", "été 字 👍🏽 ½"]
@@ -168,7 +188,8 @@ def test_text_survives(named: Tokenizer, text: str) -> None:
     ids = named.encode(text)
     lossless = text if named.vocabulary.kind == "bpe" else text.replace("▁", " ")
     assert named.decode(ids) == lossless.encode()
-    assert b"".join(map(named.token_bytes, ids)).removeprefix(b"") .endswith(lossless.encode())
+    artificial = b" " if named.vocabulary.kind == "spm" and text else b""
+    assert b"".join(map(named.token_bytes, ids)) == artificial + lossless.encode()
 
 
 def test_decode_accepts_any_order_of_numpy_ids(llama3: Tokenizer) -> None:

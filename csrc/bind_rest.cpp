@@ -1,0 +1,233 @@
+// The kernels other than the linear layers, as methods of Native. All arrays are C-contiguous; shapes stand with each method.
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+#include <vector>
+
+#include "bind.hpp"
+#include "block_types.hpp"
+
+namespace puna {
+namespace {
+
+using Floats = Array<float, 2>;
+using ConstFloats = Array<const float, 2>;
+using FloatVector = Array<const float, 1>;
+using Ints = Array<const int32_t, 1>;
+
+template <class A>
+bool has_shape(const A& array, size_t rows, size_t columns) {
+  return array.shape(0) == rows && array.shape(1) == columns;
+}
+
+// source uint8[rows, row bytes], index int32[n] or None (every row) -> out float32[n, columns]
+void decode_rows(Native& native, int type, const Array<const uint8_t, 2>& source, const std::optional<Ints>& index,
+                 const Floats& out) {
+  const BlockShape shape = block_shape(type);
+  const int64_t columns = int64_t(out.shape(1)), rows = int64_t(source.shape(0)), count = int64_t(out.shape(0));
+  check(shape.numbers > 0, "decode_rows: unknown type");
+  check(columns % shape.numbers == 0 && int64_t(source.shape(1)) == columns / shape.numbers * shape.bytes,
+        "decode_rows: the source's rows don't hold as many numbers as the output's");
+  check(count == (index ? int64_t(index->shape(0)) : rows), "decode_rows: as many output rows as indices are needed");
+  if (index)
+    for (int64_t i = 0; i < count; ++i) check(index->data()[i] >= 0 && index->data()[i] < rows, "decode_rows: an index is out of range");
+  const uint8_t* from = source.data();
+  const int32_t* which = index ? index->data() : nullptr;
+  float* to = out.data();
+  nb::gil_scoped_release release;
+  if (columns > 0) native.kernels->decode_rows(native.pool, type, columns, from, which, count, to);
+}
+
+// x [T, n], weight [n] -> out [T, n], which may be x
+void rms_norm(Native& native, const ConstFloats& x, const FloatVector& weight, float eps, const Floats& out) {
+  const size_t tokens = x.shape(0), columns = x.shape(1);
+  check(columns > 0 && weight.shape(0) == columns && has_shape(out, tokens, columns), "rms_norm: shapes don't agree");
+  const float *from = x.data(), *scale = weight.data();
+  float* to = out.data();
+  nb::gil_scoped_release release;
+  native.kernels->rms_norm(native.pool, from, scale, eps, int64_t(tokens), int64_t(columns), to);
+}
+
+// x [T, heads * d], in place; cosines and sines [T, d / 2]
+void rope(Native& native, const Floats& x, const ConstFloats& cosines, const ConstFloats& sines) {
+  const size_t tokens = x.shape(0), columns = x.shape(1), half = cosines.shape(1);
+  check(half > 0 && columns > 0 && columns % (2 * half) == 0 && has_shape(cosines, tokens, half) && has_shape(sines, tokens, half),
+        "rope: shapes don't agree");
+  float* data = x.data();
+  const float *cosine = cosines.data(), *sine = sines.data();
+  nb::gil_scoped_release release;
+  native.kernels->rope(native.pool, data, cosine, sine, int64_t(tokens), int(columns / (2 * half)), int(2 * half));
+}
+
+// gate, up [T, n] -> out [T, n], which may be either
+void swiglu(Native& native, const ConstFloats& gate, const ConstFloats& up, const Floats& out) {
+  const size_t tokens = gate.shape(0), columns = gate.shape(1);
+  check(has_shape(up, tokens, columns) && has_shape(out, tokens, columns), "swiglu: shapes don't agree");
+  const float *g = gate.data(), *u = up.data();
+  float* to = out.data();
+  nb::gil_scoped_release release;
+  native.kernels->swiglu(native.pool, g, u, int64_t(tokens), int64_t(columns), to);
+}
+
+int64_t padded(int64_t n) { return (n + kCachePad - 1) / kCachePad * kCachePad; }
+
+// Shapes of one layer's keys and values, as uint16 (float16 bits), which start as zeros.
+nb::tuple kv_shapes(int64_t num_blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim) {
+  check(num_blocks > 0 && block_size > 0 && kv_heads > 0 && head_dim > 0, "kv_shapes: all numbers must be positive");
+  return nb::make_tuple(nb::make_tuple(num_blocks, kv_heads, head_dim, padded(block_size)),
+                        nb::make_tuple(num_blocks, kv_heads, block_size, padded(head_dim)));
+}
+
+// Slots and block tables lead to memory: each must lie within the cache.
+void check_batch(const AttendArgs& a) {
+  const int64_t slots = a.num_blocks * a.block_size;
+  check(a.seq_starts[0] == 0 && a.seq_starts[a.sequences] == a.tokens, "attend: seq_starts don't cover the tokens");
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    check(a.seq_starts[s] <= a.seq_starts[s + 1], "attend: seq_starts must not fall");
+    int64_t context = 0;
+    for (int64_t t = a.seq_starts[s]; t < a.seq_starts[s + 1]; ++t) {
+      check(a.positions[t] >= 0 && a.slots[t] >= 0 && a.slots[t] < slots, "attend: a position or slot is out of range");
+      context = a.positions[t] + int64_t(1) > context ? a.positions[t] + int64_t(1) : context;
+    }
+    const int64_t blocks = (context + a.block_size - 1) / a.block_size;
+    check(blocks <= a.max_blocks, "attend: a position lies beyond the block table");
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int32_t block = a.block_tables[s * a.max_blocks + b];
+      check(block >= 0 && block < a.num_blocks, "attend: a block table names a block that does not exist");
+    }
+  }
+}
+
+// q [T, H d], k and v [T, G d], one layer's cache (kv_shapes) -> out [T, H d]
+void attend(Native& native, const ConstFloats& q, const ConstFloats& k, const ConstFloats& v, const Floats& out,
+            const Array<uint16_t, 4>& keys, const Array<uint16_t, 4>& values, const Ints& positions, const Ints& slots,
+            const Ints& seq_starts, const Array<const int32_t, 2>& block_tables) {
+  const size_t tokens = q.shape(0), kv_heads = keys.shape(1), head_dim = keys.shape(2), block_size = values.shape(2);
+  check(kv_heads > 0 && head_dim > 0 && block_size > 0 && q.shape(1) > 0 && q.shape(1) % (kv_heads * head_dim) == 0,
+        "attend: q's width is not a multiple of kv heads times head_dim");
+  check(has_shape(k, tokens, kv_heads * head_dim) && has_shape(v, tokens, kv_heads * head_dim) && has_shape(out, tokens, q.shape(1)),
+        "attend: shapes of q, k, v and out don't agree");
+  check(values.shape(0) == keys.shape(0) && values.shape(1) == kv_heads && int64_t(keys.shape(3)) == padded(int64_t(block_size)) &&
+            int64_t(values.shape(3)) == padded(int64_t(head_dim)),
+        "attend: the cache is not of kv_shapes");
+  check(positions.shape(0) == tokens && slots.shape(0) == tokens && seq_starts.shape(0) == block_tables.shape(0) + 1,
+        "attend: shapes of the batch don't agree");
+  const AttendArgs args{
+      .q = q.data(),
+      .k = k.data(),
+      .v = v.data(),
+      .out = out.data(),
+      .k_cache = keys.data(),
+      .v_cache = values.data(),
+      .num_blocks = int64_t(keys.shape(0)),
+      .block_size = int64_t(block_size),
+      .heads = int(q.shape(1) / head_dim),
+      .kv_heads = int(kv_heads),
+      .head_dim = int(head_dim),
+      .positions = positions.data(),
+      .slots = slots.data(),
+      .seq_starts = seq_starts.data(),
+      .block_tables = block_tables.data(),
+      .tokens = int64_t(tokens),
+      .sequences = int64_t(block_tables.shape(0)),
+      .max_blocks = int64_t(block_tables.shape(1)),
+  };
+  nb::gil_scoped_release release;
+  check_batch(args);
+  native.kernels->attend(native.pool, args);
+}
+
+// What one SampleRow points to.
+struct RowMemory {
+  Ints history;
+  std::vector<int32_t> bias_ids;
+  std::vector<float> bias_values;
+  std::optional<Array<const uint32_t, 1>> allowed;
+  int32_t token;
+  float logprob;
+  std::vector<int32_t> top_ids;
+  std::vector<float> top_values;
+};
+
+template <class T>
+T field(nb::handle row, const char* name) {
+  return nb::cast<T>(row.attr(name));
+}
+
+SampleRow read_row(nb::handle row, int64_t vocabulary, RowMemory& memory) {
+  memory.history = field<Ints>(row, "history");
+  for (auto [id, value] : field<nb::dict>(row, "bias")) {
+    memory.bias_ids.push_back(nb::cast<int32_t>(id));
+    memory.bias_values.push_back(float(nb::cast<double>(value)));
+  }
+  const nb::object allowed = row.attr("allowed");
+  if (!allowed.is_none()) {
+    memory.allowed = nb::cast<Array<const uint32_t, 1>>(allowed);
+    check(int64_t(memory.allowed->shape(0)) >= (vocabulary + 31) / 32, "sample: the allowed mask is shorter than the vocabulary");
+  }
+  const int64_t top = field<int64_t>(row, "top_logprobs");
+  memory.top_ids.resize(size_t(top < 0 ? 0 : top < vocabulary ? top : vocabulary));
+  memory.top_values.resize(memory.top_ids.size());
+  const int64_t top_k = field<int64_t>(row, "top_k");
+  return {
+      .temperature = float(field<double>(row, "temperature")),
+      .top_p = float(field<double>(row, "top_p")),
+      .min_p = float(field<double>(row, "min_p")),
+      .typical_p = float(field<double>(row, "typical_p")),
+      .repeat_penalty = float(field<double>(row, "repeat_penalty")),
+      .presence_penalty = float(field<double>(row, "presence_penalty")),
+      .frequency_penalty = float(field<double>(row, "frequency_penalty")),
+      .top_k = int32_t(top_k < vocabulary ? top_k : 0),
+      .top_logprobs = int32_t(memory.top_ids.size()),
+      .history = memory.history.data(),
+      .history_length = int64_t(memory.history.shape(0)),
+      .bias_ids = memory.bias_ids.data(),
+      .bias_values = memory.bias_values.data(),
+      .bias_length = int64_t(memory.bias_ids.size()),
+      .allowed = memory.allowed ? memory.allowed->data() : nullptr,
+      .uniform = field<double>(row, "uniform"),
+      .token = &memory.token,
+      .logprob = &memory.logprob,
+      .top_ids = memory.top_ids.data(),
+      .top_values = memory.top_values.data(),
+  };
+}
+
+// logits [R, V], as many objects with the fields of SamplingRow -> (token, logprob, [(token, logprob), ...]) of each
+nb::list sample(Native& native, const ConstFloats& logits, const nb::sequence& rows) {
+  const int64_t count = int64_t(logits.shape(0)), vocabulary = int64_t(logits.shape(1));
+  check(int64_t(nb::len(rows)) == count, "sample: as many rows as rows of logits are needed");
+  check(vocabulary > 0 && vocabulary < INT32_MAX, "sample: the vocabulary is empty or too large");
+  std::vector<RowMemory> memory(static_cast<size_t>(count));
+  std::vector<SampleRow> samples;
+  for (int64_t i = 0; i < count; ++i) samples.push_back(read_row(rows[size_t(i)], vocabulary, memory[size_t(i)]));
+  {
+    const float* data = logits.data();
+    nb::gil_scoped_release release;
+    native.kernels->sample(native.pool, data, vocabulary, samples.data(), count);
+  }
+  nb::list result;
+  for (const RowMemory& m : memory) {
+    nb::list top;
+    for (size_t i = 0; i < m.top_ids.size() && m.top_ids[i] >= 0; ++i)
+      top.append(nb::make_tuple(m.top_ids[i], double(m.top_values[i])));
+    result.append(nb::make_tuple(m.token, double(m.logprob), top));
+  }
+  return result;
+}
+
+}  // namespace
+
+void bind_rest(nb::class_<Native>& native) {
+  native
+      .def("decode_rows", &decode_rows, nb::arg("type"), nb::arg("source"), nb::arg("index").none(), nb::arg("out"))
+      .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"))
+      .def("rope", &rope, nb::arg("x"), nb::arg("cosines"), nb::arg("sines"))
+      .def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out"))
+      .def_static("kv_shapes", &kv_shapes, nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("kv_heads"), nb::arg("head_dim"))
+      .def("attend", &attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("keys"), nb::arg("values"),
+           nb::arg("positions"), nb::arg("slots"), nb::arg("seq_starts"), nb::arg("block_tables"))
+      .def("sample", &sample, nb::arg("logits"), nb::arg("rows"));
+}
+
+}  // namespace puna

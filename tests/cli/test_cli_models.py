@@ -1,0 +1,94 @@
+"""Commands that manage models: import, list, show, cp, rm, convert, and the errors users meet."""
+
+import json
+from pathlib import Path
+
+from puna.checkpoint import open_checkpoint
+
+
+def test_an_imported_model_is_listed_and_shown(stored) -> None:
+    rows = stored("list", "--json").json
+    assert [(row["name"], row["size"]) for row in rows] == [("smollm2:latest", 98_362_432)]
+    assert "98 MB" in stored("list").out
+
+    facts = stored("show", "smollm2", "--json").json
+    assert facts["model"]["parameters"] == 134_515_008  # as published
+    assert facts["model"]["context length"] == 8192
+    assert facts["model"]["types"] == "Q4_1 × 210, F32 × 61, Q8_0 × 1"
+    assert "<|im_start|>" in stored("show", "smollm2", "--template").out
+    assert "134,515,008" in stored("show", "smollm2").out
+
+
+def test_copy_then_remove_keeps_the_file_for_the_other_name(stored, home: Path) -> None:
+    assert stored("cp", "smollm2", "mine:v1").code == 0
+    assert "0 B freed" in stored("rm", "smollm2").out
+    assert [row["name"] for row in stored("list", "--json").json] == ["mine:v1"]
+    assert "98 MB freed" in stored("rm", "mine:v1").out
+    assert not list((home / "blobs").glob("sha256-*"))
+    assert "puna pull smollm2" in stored("list").err
+
+
+def test_convert_to_safetensors_and_meta_and_back(stored, shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "weights" / "stories260K" / "stories260K.gguf"
+    assert stored("convert", str(source), str(tmp_path / "hf")).code == 0
+    assert stored("convert", str(tmp_path / "hf"), str(tmp_path / "meta"), "--format", "meta").code == 0
+    assert stored("convert", str(tmp_path / "meta"), str(tmp_path / "back.gguf"), "--type", "F32").code == 0
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "back.gguf")
+    for name, weight in before.tensors.items():
+        assert (weight.dequantize() == after.tensors[name].dequantize()).all(), name
+
+    again = stored("convert", str(source), str(tmp_path / "hf"))
+    assert again.code == 1
+    assert "exists already" in again.err
+
+
+def test_the_catalog_is_listed(puna) -> None:
+    rows = {row["name"]: row for row in puna("list", "--available", "--json").json}
+    assert rows["llama-3.1-8b"]["parameters"] == 8_030_261_248
+    assert rows["llama-3.1-8b"]["gated"]
+    assert "llama-2-70b" in puna("list", "--available").out
+
+
+def test_doctor_finds_nothing_wrong(stored) -> None:
+    findings = {row["what"]: row for row in stored("doctor", "--json").json}
+    assert findings["default model"]["found"] == "smollm2 is ready"
+    assert "agree with the reference" in findings["native ops"]["found"]
+    assert stored("doctor").code == 0
+
+
+def errors_are_one_sentence(result) -> None:
+    assert result.code == 1
+    assert result.err.startswith("Error: ")
+    assert result.err.count("\n") == 1
+    assert "Traceback" not in result.err
+
+
+def test_mistakes_get_one_sentence(stored, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF\x03\x00\x00\x00")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments in (
+        ["run", "no-such-model", "hi"],
+        ["run", "smolm2", "hi"],
+        ["run", str(broken), "hi"],
+        ["run", str(tmp_path / "absent.gguf"), "hi"],
+        ["show", str(empty)],
+        ["import", str(broken)],
+        ["rm", "no-such-model"],
+        ["run", "smollm2", "hi", "--format", "nonsense.json"],
+        ["run", "smollm2", "hi", "--format", '{"type": "no such type"}'],
+        ["run", "smollm2", "word " * 9000],
+        ["convert", "smollm2", str(tmp_path / "x.gguf"), "--type", "Q9_9"],
+    ):
+        errors_are_one_sentence(stored(*arguments))
+    assert "smollm2" in stored("run", "smolm2", "hi").err  # the near match
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_misuse_exits_with_2(puna) -> None:
+    assert puna("run").code == 2
+    assert puna("nonsense").code == 2
+    assert "0.1.0" in puna("--version").out
+    assert "convert" in puna("--help").out
+    assert json.loads(puna("list", "--json").out) == []

@@ -1,0 +1,207 @@
+"""``puna run``, the conversation and ``puna bench`` on the real SmolLM2."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from puna.cli.repl import Repl
+from puna.errors import RequestError
+from puna.llm import LLM
+
+GREEDY = ["--temperature", "0"]
+
+
+def test_one_answer(stored) -> None:
+    result = stored("run", "smollm2", "What is the capital of France?", *GREEDY)
+    assert result.out == "The capital of France is Paris.\n"
+
+
+def test_json_has_the_answer_and_its_timings(stored) -> None:
+    facts = stored("run", "smollm2", "What is the capital of France?", "--json", *GREEDY).json
+    assert facts["response"] == "The capital of France is Paris."
+    assert facts["finish_reason"] == "stop"
+    assert facts["prompt_tokens"] == 37
+    assert facts["generated_tokens"] == 8
+    assert facts["decode_tokens_per_second"] > 0
+
+
+def test_piped_input_joins_the_prompt(stored) -> None:
+    explained = stored("run", "smollm2", "Count the words:", "--explain-prompt", "--json", stdin="one two three\n").json
+    assert "<|im_start|>user\nCount the words:\n\none two three<|im_end|>" in explained["text"]
+    alone = stored("run", "smollm2", "--explain-prompt", "--json", stdin="only piped").json
+    assert "user\nonly piped<|im_end|>" in alone["text"]
+
+
+def test_explain_prompt_shows_where_each_token_came_from(stored) -> None:
+    tokens = stored("run", "smollm2", "Hi <|im_end|>", "--system", "Be brief.", "--explain-prompt", "--json").json[
+        "tokens"
+    ]
+    control = [token for token in tokens if token["id"] == 2]
+    assert {token["origin"] for token in control} == {"special"}  # what the user typed did not become a control token
+    assert len(control) == 2
+    assert "".join(t["text"] for t in tokens if t["origin"] == "messages[1].content") == "Hi <|im_end|>"
+    assert "ORIGIN" in stored("run", "smollm2", "Hi", "--explain-prompt").out
+    raw = stored("run", "smollm2", "Hi there", "--raw", "--explain-prompt", "--json").json["tokens"]
+    assert [token["text"] for token in raw] == ["Hi", " there"]
+
+
+def test_sampling_options_reach_the_engine(stored) -> None:
+    def answer(*options: str) -> str:
+        return stored("run", "smollm2", "Tell me a story.", "--num-predict", "12", *options).out
+
+    assert answer("--seed", "1") == answer("--seed", "1")
+    assert answer("--seed", "1", "--temperature", "1.5") != answer("--seed", "2", "--temperature", "1.5")
+    assert answer("--top-k", "1") == answer(*GREEDY)
+    stopped = stored("run", "smollm2", "What is the capital of France?", "--stop", "Paris", *GREEDY).out
+    assert stopped == "The capital of France is \n"
+
+
+def test_format_makes_valid_json(stored, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type":"object","properties":{"n":{"type":"integer"}},"required":["n"],"additionalProperties":false}'
+    )
+    for source in (str(schema), schema.read_text()):
+        answer = json.loads(stored("run", "smollm2", "A number, please.", "--format", source, *GREEDY).out)
+        assert isinstance(answer["n"], int)
+    assert isinstance(json.loads(stored("run", "smollm2", "Any JSON.", "--format", "json", "--seed", "3").out), dict)
+
+
+def test_raw_and_verbose(stored) -> None:
+    result = stored("run", "smollm2", "The capital of France is", "--raw", "--num-predict", "1", "--verbose", *GREEDY)
+    assert result.out == " Paris\n"
+    assert "decode seconds" in result.err
+
+
+def test_bench_reports_speeds(stored) -> None:
+    arguments = ["bench", "smollm2", "--prompt-tokens", "40", "--gen-tokens", "4", "--threads", "1", "--runs", "1"]
+    facts = stored(*arguments, "--json").json
+    assert facts["threads"] == 1
+    for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "load_seconds", "time_to_first_token_seconds"):
+        assert facts[key] > 0
+    assert facts["peak_rss_bytes"] > 98_362_432
+    assert "tokens/s" in stored(*arguments).out
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2_path: Path) -> LLM:
+    return LLM.load(smollm2_path)
+
+
+def converse(llm: LLM, lines: list[str], **options) -> Repl:
+    feed = iter(lines)
+
+    def read(_prompt: str) -> str:
+        line = next(feed, None)
+        if line is None:
+            raise EOFError
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+    repl = Repl(llm, "smollm2", sampling={"temperature": 0, "max_tokens": 16}, read=read, **options)
+    repl.run()
+    return repl
+
+
+def test_a_conversation_remembers(llm: LLM, home: Path, capsys) -> None:
+    repl = converse(llm, ["My name is Ada.", '"""Two', 'lines."""', "", "^C", "/bye", "never read"])
+    assert [m["role"] for m in repl.messages] == ["user", "assistant"] * 2
+    assert repl.messages[2]["content"] == "Two\nlines."
+    assert "Ctrl-D" in capsys.readouterr().out
+
+
+def test_commands_of_the_conversation(llm: LLM, home: Path, stored, capsys) -> None:
+    repl = converse(
+        llm,
+        [
+            "/set parameter temperature 0.5",
+            "/set parameter num_predict -1",
+            "/set parameter stop END",
+            "/set system Be brief.",
+            '/set format {"type":"object"}',
+            "/set verbose",
+            "/set",
+            "/show parameters",
+            "/show system",
+            "/show template",
+            "/?",
+        ],
+    )
+    assert repl.sampling == {"temperature": 0.5, "max_tokens": None, "stop": ("END",)}
+    assert (repl.system, repl.answer_format, repl.verbose) == ("Be brief.", '{"type":"object"}', True)
+    out = capsys.readouterr().out
+    assert "Be brief." in out
+    assert "<|im_start|>" in out
+    assert "Ctrl-C" in out
+
+
+def test_conversations_are_saved_and_loaded(llm: LLM, home: Path, capsys) -> None:
+    saved = converse(llm, ["Hello!", "/set system Be kind.", "/save talk"])
+    loaded = converse(llm, ["/load talk", "/show messages"])
+    assert loaded.messages == saved.messages
+    assert loaded.system == "Be kind."
+    assert "user: Hello!" in capsys.readouterr().out
+    assert converse(llm, ["Hello!", "/clear"]).messages == []
+
+
+def test_mistakes_in_the_conversation_are_told_and_survived(llm: LLM, home: Path, capsys) -> None:
+    lines = ["/nonsense", "/set parameter temperature warm", "/set parameter warmth 3", "/set parameter top_p 7"]
+    lines += ["/save ../evil", "/load no-such-model", "/set format {broken", "word " * 9000]
+    repl = converse(llm, lines)
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == len(lines)
+    assert all(line.startswith("Error: ") for line in errors)
+    assert repl.messages == []
+    with pytest.raises(RequestError):
+        llm.sampling(warmth=3)
+
+
+def test_ctrl_c_stops_the_answer_not_the_program(llm: LLM, home: Path, capsys, monkeypatch) -> None:
+    repl = Repl(llm, "smollm2", sampling={"temperature": 0}, read=lambda _: "")
+
+    def interrupted():
+        chunks = llm.chat([{"role": "user", "content": "Count to a thousand."}], temperature=0, stream=True)
+        for number, chunk in enumerate(chunks):
+            yield chunk
+            if number == 5:
+                raise KeyboardInterrupt
+
+    partial = repl._show(interrupted())
+    assert partial
+    assert "[stopped]" in capsys.readouterr().out
+    assert not llm.engine.has_work
+
+
+def test_the_real_terminal(smollm2_path: Path, home: Path) -> None:
+    """A chat through a pseudo-terminal, line editing and history included."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "puna", "run", str(smollm2_path), "--temperature", "0"]
+    environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
+    os.close(theirs)
+    seen = b""
+
+    def read_until(expected: bytes) -> None:
+        nonlocal seen
+        while expected not in seen:
+            part = os.read(ours, 65536)
+            assert part, seen
+            seen += part
+
+    read_until(b">>>")
+    os.write(ours, b"What is the capital of France?\r")
+    read_until(b"Paris.")
+    os.write(ours, b"/bye\r")
+    try:
+        while os.read(ours, 65536):
+            pass
+    except OSError:
+        pass  # the other end is closed
+    assert process.wait(timeout=60) == 0
+    assert "capital of France" in (home / "history").read_text()

@@ -1,0 +1,201 @@
+"""Paged attention: exactness against dense float64 attention, and bit-identical results however the work is cut."""
+
+import numpy as np
+import pytest
+
+native = pytest.importorskip("puna._native", reason="the native extension is not built")
+
+
+@pytest.fixture(params=native.instruction_sets())
+def isa(request):
+    return request.param
+
+
+class Paged:
+    """Sequences in one cache, whose blocks lie in random order and hold the rubbish of earlier owners."""
+
+    def __init__(self, isa, lengths, *, heads, kv_heads, head_dim, block_size=32, threads=2, seed=0):
+        rng = np.random.default_rng(seed)
+        self.native, self.block_size = native.Native(threads, isa), block_size
+        blocks = [-(-n // block_size) for n in lengths]
+        num_blocks = sum(blocks) + 3
+        keys, values = native.Native.kv_shapes(num_blocks, block_size, kv_heads, head_dim)
+        self.keys, self.values = np.zeros(keys, np.uint16), np.zeros(values, np.uint16)
+        self.keys[..., :block_size] = 0x7E00  # NaN
+        self.values[..., :head_dim] = 0x7E00
+        order = rng.permutation(num_blocks).astype(np.int32)
+        self.tables = np.full((len(lengths), max(blocks)), -1, np.int32)
+        for s, n in enumerate(blocks):
+            self.tables[s, :n], order = order[:n], order[n:]
+
+    def step(self, q, k, v, ranges):
+        """One call with tokens ranges[s] = (start, end) of each sequence; q, k, v are lists by sequence."""
+        positions = np.concatenate([np.arange(*r) for r in ranges]).astype(np.int32)
+        sequence = np.repeat(np.arange(len(ranges)), [b - a for a, b in ranges])
+        slots = self.tables[sequence, positions // self.block_size] * self.block_size + positions % self.block_size
+        starts = np.cumsum([0, *(b - a for a, b in ranges)]).astype(np.int32)
+        flat = [np.concatenate([x[a:b] for x, (a, b) in zip(xs, ranges, strict=True)]) for xs in (q, k, v)]
+        out = np.full_like(flat[0], np.nan)
+        self.native.attend(*flat, out, self.keys, self.values, positions, slots.astype(np.int32), starts, self.tables)
+        return np.split(out, starts[1:-1])
+
+
+def random_inputs(lengths, heads, kv_heads, head_dim, seed=1):
+    rng = np.random.default_rng(seed)
+    shapes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    return [[rng.normal(size=(n, width)).astype(np.float32) for n in lengths] for width in shapes]
+
+
+def dense(q, k, v, heads, kv_heads):
+    """Causal attention of one sequence in float64, on keys and values rounded to float16 as the cache holds them."""
+    n = len(q)
+    q = q.astype(np.float64).reshape(n, heads, -1).swapaxes(0, 1)
+    k, v = (x.astype(np.float16).astype(np.float64).reshape(n, kv_heads, -1).swapaxes(0, 1) for x in (k, v))
+    k, v = (np.repeat(x, heads // kv_heads, axis=0) for x in (k, v))
+    scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
+    scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return (weights @ v).swapaxes(0, 1).reshape(n, -1)
+
+
+SHAPES = [  # heads, kv heads, head_dim
+    (9, 3, 64),
+    (4, 4, 64),
+    (8, 1, 128),
+    (8, 2, 80),
+    (2, 1, 2),
+    (3, 1, 6),
+    (2, 2, 30),
+    (1, 1, 256),
+    (100, 1, 16),  # more heads in a group than a tile has rows
+    (14, 2, 48),
+]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+def test_attention_is_exact(isa, heads, kv_heads, head_dim):
+    lengths = [70, 1, 300]
+    q, k, v = random_inputs(lengths, heads, kv_heads, head_dim)
+    cache = Paged(isa, lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    out = cache.step(q, k, v, [(0, n) for n in lengths])
+    for s in range(len(lengths)):
+        np.testing.assert_allclose(out[s], dense(q[s], k[s], v[s], heads, kv_heads), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 5, 8, 16, 24, 32, 48, 64, 300])
+def test_any_block_size(isa, block_size):
+    lengths = [333, 40]
+    q, k, v = random_inputs(lengths, 6, 2, 32)
+    cache = Paged(isa, lengths, heads=6, kv_heads=2, head_dim=32, block_size=block_size)
+    first = cache.step(q, k, v, [(0, 200), (0, 40)])
+    rest = cache.step(q, k, v, [(200, 333), (40, 40)])
+    expected = [dense(q[s], k[s], v[s], 6, 2) for s in range(2)]
+    np.testing.assert_allclose(np.concatenate([first[0], rest[0]]), expected[0], rtol=0, atol=3e-6)
+    np.testing.assert_allclose(first[1], expected[1], rtol=0, atol=3e-6)
+
+
+def run_cut(isa, lengths, cuts, inputs, heads, kv_heads, head_dim, threads, block_size=32):
+    """Sequence 0 computed in steps that end at `cuts`; the others wholly in the first step. Returns its rows."""
+    q, k, v = inputs
+    cache = Paged(
+        isa, lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim, threads=threads, block_size=block_size
+    )
+    rows, start = [], 0
+    for end in cuts:
+        others = [(0, n) if start == 0 else (n, n) for n in lengths[1:]]
+        rows.append(cache.step(q, k, v, [(start, end), *others])[0])
+        start = end
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (2, 2, 128), (8, 1, 80), (3, 1, 6)])
+@pytest.mark.parametrize("block_size", [32, 5])
+def test_results_do_not_depend_on_how_the_work_is_cut(isa, heads, kv_heads, head_dim, block_size):
+    """Same bits for one prefill, chunks of any size, one token at a time, any number of threads or neighbours."""
+    n = 70
+    inputs = random_inputs([n, 90, 17, 1], heads, kv_heads, head_dim)
+    shape = (heads, kv_heads, head_dim)
+    whole = run_cut(isa, [n], [n], inputs_of(inputs, 1), *shape, threads=1, block_size=block_size)
+    for threads in (1, 2, 3):
+        for neighbours in (1, 2, 4):
+            lengths = [n, 90, 17, 1][:neighbours]
+            for cuts in ([n], range(1, n + 1), [1, 8, 9, 40, n], range(7, n + 1, 7)):
+                got = run_cut(
+                    isa, lengths, cuts, inputs_of(inputs, neighbours), *shape, threads=threads, block_size=block_size
+                )
+                assert np.array_equal(got, whole), (threads, neighbours, list(cuts))
+
+
+def inputs_of(inputs, sequences):
+    return [x[:sequences] for x in inputs]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 64), (4, 1, 128)])
+def test_long_contexts_give_the_same_bits_decoded_and_prefilled(isa, heads, kv_heads, head_dim):
+    """More than one chunk of keys: a lone token's chunks are spread over threads and merged, a tile's are not."""
+    n = 800
+    inputs = random_inputs([n], heads, kv_heads, head_dim)
+    shape = (heads, kv_heads, head_dim)
+    whole = run_cut(isa, [n], [n], inputs, *shape, threads=1)
+    np.testing.assert_allclose(
+        whole, dense(inputs[0][0], inputs[1][0], inputs[2][0], heads, kv_heads), rtol=0, atol=1e-5
+    )
+    tail = [250, 256, 257, 258, 511, 512, 513, 600, *range(767, 772), 799, n]
+    for threads in (1, 2, 3):
+        assert np.array_equal(run_cut(isa, [n], tail, inputs, *shape, threads=threads), whole)
+    assert np.array_equal(run_cut(isa, [n], range(160, n + 1, 160), inputs, *shape, threads=3), whole)
+
+
+def test_large_scores_do_not_overflow(isa):
+    lengths = [50]
+    q, k, v = random_inputs(lengths, 2, 1, 64)
+    q[0] *= 1e4
+    out = Paged(isa, lengths, heads=2, kv_heads=1, head_dim=64).step(q, k, v, [(0, 50)])
+    np.testing.assert_allclose(out[0], dense(q[0], k[0], v[0], 2, 1), rtol=0, atol=3e-6)
+
+
+def test_what_float16_cannot_hold_saturates(isa):
+    q, k, v = random_inputs([3], 1, 1, 8)
+    v[0][:] = [[1e6], [-1e6], [70000]]
+    k[0][:] = 0
+    out = Paged(isa, [3], heads=1, kv_heads=1, head_dim=8).step(q, k, v, [(0, 3)])[0]
+    np.testing.assert_allclose(out[:, 0], [65504, 0, 65504 / 3], rtol=1e-6, atol=0.1)
+
+
+def test_a_broken_token_does_not_reach_its_neighbours(isa):
+    """NaN in one sequence stays there."""
+    lengths = [40, 40]
+    q, k, v = random_inputs(lengths, 2, 1, 16)
+    k[1][3], v[1][3] = np.nan, np.nan
+    out = Paged(isa, lengths, heads=2, kv_heads=1, head_dim=16).step(q, k, v, [(0, 40), (0, 40)])
+    assert np.isfinite(out[0]).all()
+    assert np.isnan(out[1][3:]).all()
+
+
+def test_wild_indices_are_refused():
+    cache = Paged("portable", [40], heads=2, kv_heads=1, head_dim=16)
+    q, k, v = (x[0] for x in random_inputs([1], 2, 1, 16))
+    ok = {
+        "positions": np.zeros(1, np.int32),
+        "slots": np.zeros(1, np.int32),
+        "seq_starts": np.array([0, 1], np.int32),
+        "block_tables": np.zeros((1, 2), np.int32),
+    }
+    bad = [
+        ("positions", [64]),
+        ("positions", [-1]),
+        ("slots", [-1]),
+        ("slots", [32 * len(cache.keys)]),
+        ("seq_starts", [0, 2]),
+        ("seq_starts", [1, 1]),
+        ("block_tables", [[-1, 0]]),
+        ("block_tables", [[len(cache.keys), 0]]),
+    ]
+    out = np.empty_like(q)
+    cache.native.attend(q, k, v, out, cache.keys, cache.values, **ok)
+    for name, value in bad:
+        with pytest.raises(ValueError, match="attend"):
+            cache.native.attend(q, k, v, out, cache.keys, cache.values, **{**ok, name: np.array(value, np.int32)})
+    with pytest.raises(ValueError, match="attend"):
+        cache.native.attend(q, k, v, out, cache.keys, cache.values[..., :16, :].copy(), **ok)

@@ -1,0 +1,130 @@
+"""Options that the released models don't use, against new SentencePiece models and the tokenizers library."""
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from puna.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf, tokenizer_to_gguf
+from puna.tokenizer.tokenizer import _build_library
+
+TEXTS = [
+    "",
+    " ",
+    "   ",
+    "the cat",
+    " the  cat ",
+    "▁the▁▁cat▁",
+    "a<sep>b <sep> c<sep>",
+    "<sep>the",
+    "<sep>",
+    "the x y",
+    "日本 語 unknown ☃☃ runs ☃",
+    "<s>the</s> <unk> <0x41>",
+    "12 345\n\n\ttabs",
+    "aaaa aaaaaaa abababab the the",
+]
+
+
+def train(folder: Path, **options: Any) -> Any:
+    """A tiny SentencePiece BPE model; returns the sentencepiece processor, leaves tokenizer.model in the folder."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    words = ["the", "cat", "sat", "on", "mat", "aaaa", "abab", "12", "345", "ing", "then", "there", "  two"]
+    generator = random.Random(0)
+    lines = [" ".join(generator.choices(words, k=12)) for _ in range(300)]
+    model = io.BytesIO()
+    defaults = {"vocab_size": 60, "model_type": "bpe", "normalization_rule_name": "identity", "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, hard_vocab_limit=False, **(defaults | options)
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"remove_extra_whitespaces": False},
+        {"remove_extra_whitespaces": False, "add_dummy_prefix": False},
+        {"byte_fallback": True, "vocab_size": 310, "remove_extra_whitespaces": False, "split_digits": True},
+        {"user_defined_symbols": ["<sep>", "▁x▁"], "remove_extra_whitespaces": False},
+        {"user_defined_symbols": ["<sep>", "▁x▁"], "remove_extra_whitespaces": True},
+        {"split_by_whitespace": False, "remove_extra_whitespaces": False},  # pieces that span words
+        {"pad_id": 3, "bos_id": -1, "normalization_rule_name": "nmt_nfkc"},
+    ],
+    ids=str,
+)
+def test_sentencepiece_options(options: dict[str, Any], tmp_path: Path) -> None:
+    peer = train(tmp_path, **options)
+    ours = load_tokenizer(tmp_path)
+    for name in ("bos_id", "eos_id", "pad_id", "unk_id"):
+        expected = getattr(peer, name)()
+        assert getattr(ours, name) == (None if expected < 0 else expected)
+    generator = random.Random(1)
+    texts = TEXTS + ["".join(generator.choices("the cat▁ ab<sep>x12☃\n", k=20)) for _ in range(500)]
+    for text in texts:
+        ids = peer.encode(text)
+        assert ours.encode(text) == ids, text
+        if ours.unk_id not in ids:  # SentencePiece writes the unknown token as " ⁇ ", we as the vocabulary spells it
+            assert ours.decode(ids).decode() == peer.decode(ids)
+
+
+def test_words_merge_one_by_one_only_where_no_piece_spans_them(tmp_path: Path) -> None:
+    train(tmp_path, split_by_whitespace=False, remove_extra_whitespaces=False)
+    spanning = load_tokenizer(tmp_path).vocabulary
+    assert any("▁" in piece.lstrip("▁") for piece in spanning.pieces)
+    assert _build_library(spanning).pre_tokenizer is None
+    train(tmp_path)
+    assert _build_library(load_tokenizer(tmp_path).vocabulary).pre_tokenizer is not None
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_metaspace_rules_of_tokenizer_json(scheme: str, llama2: Tokenizer, tmp_path: Path) -> None:
+    """transformers with legacy=False writes a Metaspace; the library reading the same file is the reference."""
+    tokenizers = pytest.importorskip("tokenizers")
+    document = llama2.to_tokenizer_json()
+    document["normalizer"] = None
+    document["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    peer = tokenizers.Tokenizer.from_str(json.dumps(document))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    ours = load_tokenizer(tmp_path)
+    for text in (*TEXTS, "<s>[INST] hi [/INST]", "a</s><s>b </s> c", "<s> x"):
+        expected = peer.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, parse_special=True) == expected, text
+        assert ours.encode(text, add_bos=True, parse_special=True) == peer.encode(text).ids
+    rewritten = json.loads(json.dumps(ours.to_tokenizer_json()))
+    peer = tokenizers.Tokenizer.from_str(json.dumps(rewritten))
+    for text in TEXTS:
+        assert peer.encode(text, add_special_tokens=False).ids == ours.encode(text, parse_special=True)
+
+
+def test_added_tokens_of_tokenizer_config(llama2: Tokenizer, tokenizer_data: Path, tmp_path: Path) -> None:
+    """A tokenizer.model with tokens added by fine-tuning: one control token, one that is always found in text."""
+    (tmp_path / "tokenizer.model").write_bytes((tokenizer_data / "llama2.tokenizer.model").read_bytes())
+    config = {
+        "add_bos_token": False,
+        "bos_token": "<s>",
+        "eos_token": {"content": "<|im_end|>"},
+        "pad_token": "<pad>",
+        "added_tokens_decoder": {
+            "2": {"content": "</s>", "special": True},
+            "32000": {"content": "<|im_end|>", "special": True},
+            "32001": {"content": "<pad>", "special": True},
+            "32002": {"content": "<tool>", "special": False},
+        },
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(tmp_path)
+    assert (ours.vocab_size, ours.eos_id, ours.pad_id, ours.add_bos) == (32003, 32000, 32001, False)
+    assert ours.eos_ids == {2, 32000}
+    assert ours.encode("a<tool>")[-1] == 32002
+    assert 32000 not in ours.encode("a<|im_end|>")
+    assert ours.encode("a<|im_end|>", parse_special=True)[-1] == 32000
+    again = tokenizer_from_gguf(tokenizer_to_gguf(ours))
+    assert again.encode("a<tool> b<|im_end|>", parse_special=True) == ours.encode(
+        "a<tool> b<|im_end|>", parse_special=True
+    )
