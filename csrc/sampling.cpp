@@ -303,6 +303,8 @@ int32_t choose(const Row& row, const SampleRow& sample) {
   return c.at[select_by_mass(c, sample.uniform * total, true)].id;
 }
 
+float log_probability(double logit, double log_total) { return float(std::fmax(logit - log_total, -double(kLargest))); }
+
 void sample_row(Row& row, const float* logits, const SampleRow& sample) {
   row.read(logits);
   const double log_total = row.peak > -kInfinity ? double(row.peak) + row.log_sum() : 0.0;
@@ -315,12 +317,12 @@ void sample_row(Row& row, const float* logits, const SampleRow& sample) {
     sort(top.at, 0, top.count);
     for (int i = 0; i < sample.top_logprobs; ++i) {
       sample.top_ids[i] = i < top.count ? top.at[i].id : -1;
-      sample.top_values[i] = i < top.count ? float(top.at[i].key - log_total) : -kInfinity;
+      sample.top_values[i] = i < top.count ? log_probability(top.at[i].key, log_total) : -kInfinity;
     }
   }
   if (sample.history_length > 0 || sample.bias_length > 0 || sample.allowed) adjust(row, sample);
   *sample.token = choose(row, sample);
-  *sample.logprob = *sample.token < 0 ? -kInfinity : float(double(finite(logits[*sample.token])) - log_total);
+  *sample.logprob = *sample.token < 0 ? -kInfinity : log_probability(double(finite(logits[*sample.token])), log_total);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 from puna.chat.messages import Message, parse_messages
@@ -157,7 +157,7 @@ def _render_marked(
 def _absent_characters(strings: Iterable[str], needed: int) -> list[str]:
     """Private-use characters that no string holds."""
     used = set().union(*strings)
-    free = [chr(code) for code in _PRIVATE_USE if chr(code) not in used][:needed]
+    free = list(islice((chr(code) for code in _PRIVATE_USE if chr(code) not in used), needed))
     if len(free) < needed:
         raise RequestError(f"a conversation of {needed - 1} messages is too long to be prepared")
     return free

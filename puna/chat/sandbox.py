@@ -75,15 +75,15 @@ class Meter:
 METER: ContextVar[Meter] = ContextVar("meter")
 
 
-class _List(list):  # type: ignore[type-arg]
+class _List(list[Any]):
     size: int
 
 
-class _Tuple(tuple):  # type: ignore[type-arg]
+class _Tuple(tuple[Any, ...]):
     size: int
 
 
-class _Dict(dict):  # type: ignore[type-arg]
+class _Dict(dict[Any, Any]):
     size: int
 
 

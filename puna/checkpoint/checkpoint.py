@@ -45,7 +45,7 @@ class CheckpointFormat(Protocol):
         """Map the file. Raises CheckpointError, ConfigError."""
 
     def write(self, checkpoint: Checkpoint, path: Path, weight_type: str | None) -> None:
-        """Write beside ``path``, then rename. ``weight_type`` re-encodes the matrices; None keeps what the format can."""
+        """Write beside ``path``, then rename. ``weight_type`` re-encodes the matrices; None keeps what fits."""
 
 
 FORMATS: dict[str, str] = {

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from puna.checkpoint.checkpoint import Checkpoint
-from puna.checkpoint.gguf_reader import MAGIC, GGUFFile, read_gguf
 from puna.checkpoint.gguf_writer import FILE_TYPES, Encoded, write_gguf
 from puna.checkpoint.names import (
     check_tensors,
@@ -23,10 +22,10 @@ from puna.checkpoint.names import (
 from puna.checkpoint.recode import encoded_pieces
 from puna.config import ModelConfig, llama3_factors
 from puna.errors import CheckpointError
+from puna.gguf_file import MAGIC, GGUFFile, read_gguf
 from puna.tensor import QuantType, Weight, quant_type
 from puna.tokenizer import Tokenizer
-
-__all__ = ["GGUFFile", "GGUFFormat", "checkpoint_from_gguf", "read_gguf"]
+from puna.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 
 ROPE_FACTORS = "rope_freqs.weight"
 NO_TOKENIZER = "no_vocab"
@@ -141,8 +140,6 @@ class _HalfSplitTensors(Mapping[str, Weight]):
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
-    from puna.tokenizer.gguf import tokenizer_from_gguf
-
     if metadata.get("tokenizer.ggml.model", NO_TOKENIZER) == NO_TOKENIZER:
         return None
     return tokenizer_from_gguf(metadata)
@@ -173,8 +170,6 @@ def _rope_factors(config: ModelConfig) -> tuple[float, ...]:
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    from puna.tokenizer.gguf import tokenizer_to_gguf
-
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     metadata: dict[str, Any] = {"general.architecture": "llama", "general.type": "model"}
     for key, value in checkpoint.description.items():

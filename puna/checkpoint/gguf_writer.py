@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puna.checkpoint.atomic import atomic_path
-from puna.checkpoint.gguf_reader import (
+from puna.gguf_file import (
     ARRAY,
     BOOL,
     DEFAULT_ALIGNMENT,

@@ -30,7 +30,9 @@ class SafetensorsFormat:
 
     def matches(self, path: Path) -> bool:
         if path.is_dir():
-            return (path / "config.json").exists()
+            # A config.json alone claims the folder too, unless Meta's files are there, to say what is missing.
+            claimed = (path / "config.json").exists() and not (path / "params.json").exists()
+            return claimed or any(path.glob("*.safetensors"))
         return path.suffix == ".safetensors"
 
     def read(self, path: Path) -> Checkpoint:

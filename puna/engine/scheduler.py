@@ -28,10 +28,10 @@ class Scheduler:
     """Continuous batching with chunked prefill, first come, first served.
 
     A step computes at most ``max_batch_tokens`` tokens of at most ``max_sequences`` sequences. Sequences that run come
-    first; what they leave of the budget admits new ones, when there are blocks for all of their tokens. Whoever is given
-    less than it is behind has used up the budget, so it is the last that runs, and never holds up those before it. When
-    blocks run out, the sequence that arrived last goes back to waiting and is computed again later. Everyone running
-    arrived before everyone waiting.
+    first; what they leave of the budget admits new ones, when there are blocks for all of their tokens. A sequence that
+    gets less than it is behind has used up the budget, so it is the last one running and holds up none of the others.
+    When blocks run out, the sequence that arrived last goes back to waiting and is computed again later. Everyone
+    running arrived before everyone waiting.
     """
 
     def __init__(self, pool: BlockPool, max_batch_tokens: int, max_sequences: int) -> None:

@@ -10,6 +10,8 @@ from puna.engine.sampler import Sampler
 from puna.errors import RequestError
 from puna.ops.protocol import Sampled, SamplingRow
 
+NO_TOKEN = "no token may be chosen: constraint, logit_bias, min_tokens and ignore_eos forbid all that the model scores"
+
 
 class Sequence:
     """Some number of tokens, of which the last ``behind`` have no keys and values yet.
@@ -62,9 +64,7 @@ class Sequence:
         """Take the next token and decide whether it is the last."""
         token = sampled.token
         if token < 0:
-            return self.end(
-                "error", "no token may be chosen: constraint, logit_bias, min_tokens and ignore_eos forbid all"
-            )
+            return self.end("error", NO_TOKEN)
         self._mark_token()
         if token in self._stop_ids:
             return Event(self.id, None, sampled.logprob, sampled.top, "stop", stop_id=token)

@@ -36,7 +36,7 @@ def _sample_row(raw: NDArray[np.float32], row: SamplingRow) -> Sampled:
         cumulative = np.cumsum(weights)
         chosen = np.searchsorted(cumulative, row.uniform * cumulative[-1], side="right")
         token = int(ids[min(chosen, len(ids) - 1)])
-    logprobs = raw.astype(np.float64) - _log_sum_exp(raw)
+    logprobs = np.maximum(raw.astype(np.float64) - _log_sum_exp(raw), -float(LARGEST))
     order = np.argsort(-raw, kind="stable")[: row.top_logprobs]
     top = [(int(i), float(logprobs[i])) for i in order if raw[i] > -np.inf]
     return Sampled(token, float(logprobs[token]) if token >= 0 else -math.inf, top)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 
 from puna.errors import SourceError, StoreError
 from puna.store.blobs import Blobs
@@ -45,6 +46,7 @@ def _already_here(blobs: Blobs, remote: Remote) -> StoredFile | None:
         stored = StoredFile(remote.file, remote.sha256, remote.size)
         return stored if blobs.present(stored) else None
     for path in blobs.places(remote.sha256):  # no size to tell whether the bytes are sound: their digest must
-        if path.exists() and digest_file(path) == remote.sha256:
-            return StoredFile(remote.file, remote.sha256, path.stat().st_size)
+        with suppress(FileNotFoundError):  # not here, or just moved on to the next place
+            if digest_file(path) == remote.sha256:
+                return StoredFile(remote.file, remote.sha256, path.stat().st_size)
     return None

@@ -151,7 +151,7 @@ class Http:
     def _check(self, response: httpx.Response, remote: Remote) -> None:
         """Raise SourceError or _Interrupted unless the answer holds what was asked for."""
         where = shown(remote.url)
-        self._reached.add(httpx.URL(remote.url).host)
+        self._reached.add(urlsplit(remote.url).netloc)
         schemes = {r.url.scheme for r in (*response.history, response)}
         if remote.url.startswith("https:") and schemes != {"https"}:
             raise SourceError(f"{where} redirects to an unencrypted address; nothing was stored")
@@ -179,7 +179,7 @@ class Http:
                 raise SourceError(f"{shown(remote.url)} cannot be fetched: {error}") from error
             except (httpx.TransportError, _Interrupted) as error:
                 reason = _reason(error)
-                if isinstance(error, httpx.ConnectError) and httpx.URL(remote.url).host not in self._reached:
+                if isinstance(error, httpx.ConnectError) and urlsplit(remote.url).netloc not in self._reached:
                     raise SourceError(
                         f"cannot reach {shown(remote.url)}: {reason}; check the network connection and the address"
                     ) from error

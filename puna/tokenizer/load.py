@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import TokenizerError
+from puna.gguf_file import read_gguf
 from puna.tokenizer import huggingface, sentencepiece, tiktoken
 from puna.tokenizer.gguf import tokenizer_from_gguf
 from puna.tokenizer.tokenizer import Tokenizer
@@ -34,8 +35,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise TokenizerError(f"{path} does not exist")
     try:
         if path.suffix == ".gguf":
-            from puna.checkpoint.gguf_reader import read_gguf  # the one upward import: GGUF holds both
-
             return tokenizer_from_gguf(read_gguf(path).metadata)
         return Tokenizer(_read(path))
     except TokenizerError as error:

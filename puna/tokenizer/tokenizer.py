@@ -60,7 +60,8 @@ class Tokenizer:
         ``Vocabulary.space_prefix``. Surrogates that pair up are joined, a lone one becomes U+FFFD. As in the reference
         implementations, bytes for which a byte-level vocabulary has no token are left out.
 
-        Raises TokenizerError when BOS is asked for and the vocabulary has none.
+        Raises TokenizerError when BOS is asked for and the vocabulary has none, and for text that the file's cutting
+        pattern can't cope with.
         """
         ids: list[int] = []
         if add_bos:
@@ -172,7 +173,17 @@ class Tokenizer:
             if token is not None:
                 ids.append(token)
             else:
-                ids.extend(self._library.encode_batch_fast([part], add_special_tokens=False)[0].ids)  # no offsets
+                ids.extend(self._encode_plain(part))
+
+    def _encode_plain(self, text: str) -> list[int]:
+        try:
+            return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids  # fast: without offsets
+        except BaseException as error:
+            # The library's panic is not an Exception. It comes from a pattern that backtracks without end, which needs
+            # a hostile tokenizer file, or millions of capital letters in a row.
+            if type(error).__module__ != "pyo3_runtime":
+                raise
+            raise TokenizerError(f"the tokenizer's pattern can't cut this text of {len(text)} characters") from None
 
     def _with_spaces_marked(self, text: str, at_start: bool) -> str:
         """SentencePiece's normalization: character map, whitespace, the space before the text, ▁ for each space."""

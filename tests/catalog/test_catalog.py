@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -208,3 +209,11 @@ def test_licences_state_what_matters() -> None:
     assert catalog.get("smollm2").licence.identifier == "apache-2.0"
     assert catalog.get("deepseek-r1-distill-llama-8b").licence.identifier == "mit AND llama3.1"
     assert {e.gated for e in catalog.entries() if e.sources[-1].location.startswith("meta-llama/")} == {True}
+
+
+def test_the_documentation_lists_every_entry() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    for entry in catalog.entries():
+        assert re.search(rf"\| `{re.escape(entry.name)}`[^|]*\| {entry.parameters:,} \|", page), entry.name
+    for licence in {entry.licence for entry in catalog.entries()}:
+        assert licence.url in page

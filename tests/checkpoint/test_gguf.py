@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from puna.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from puna.checkpoint.gguf import GGUFFormat, read_gguf
+from puna.checkpoint.gguf import GGUFFormat
 from puna.checkpoint.gguf_writer import write_gguf
 from puna.checkpoint.names import gguf_name, hf_names, interleaved_order
 from puna.config import RopeScaling, llama3_factors
 from puna.errors import CheckpointError, ConfigError, PunaError
+from puna.gguf_file import read_gguf
 from puna.tensor import Weight
 from tests.tiny_models import VARIANTS, tiny_checkpoint, tiny_config
 

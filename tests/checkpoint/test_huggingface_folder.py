@@ -264,6 +264,18 @@ def test_missing_files_say_what_to_do(folder: Path) -> None:
         open_checkpoint(folder)
 
 
+def test_weights_without_a_config_say_so(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        open_checkpoint(folder)
+
+
+def test_a_stray_config_does_not_hide_metas_files(tmp_path: Path) -> None:
+    save_checkpoint(tiny_checkpoint(tiny_config(max_position_embeddings=4096)), tmp_path / "m", "meta")
+    (tmp_path / "m" / "config.json").write_text("{}")
+    assert_is_tiny(open_checkpoint(tmp_path / "m"))
+
+
 @pytest.mark.parametrize(
     ("quantization", "named"),
     [({"quant_method": "awq", "bits": 4}, "awq"), ({"bits": 4}, "method unknown"), ("gptq", "method unknown")],

@@ -406,6 +406,21 @@ class TestConstraints:
         assert_all_free(engine)
 
 
+def test_logits_that_are_not_numbers_end_only_that_request() -> None:
+    class Broken(FakeModel):
+        def forward(self, batch: Any, kv: Any) -> Any:
+            logits = super().forward(batch, kv)
+            logits[batch.tokens[batch.logit_rows] == 13] = np.nan
+            return logits
+
+    engine = make_engine(Broken())
+    bad, good = (engine.submit(Request(p, greedy(max_tokens=1))) for p in ([13], PROMPT))
+    (event,) = bad
+    assert event.finish_reason == "error"
+    assert "no token may be chosen" in str(event.error)
+    assert tokens_of(list(good)) == expected_greedy(PROMPT, 1)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("prompt", "params", "reason"),

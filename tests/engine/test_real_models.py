@@ -54,7 +54,8 @@ def answers(model: Model, params: SamplingParams, **options: int) -> list[list[i
     ],
 )
 def test_same_tokens_in_any_batch(tiny: Model, params: SamplingParams, options: dict[str, int]) -> None:
-    alone = answers(tiny, params, max_sequences=1, num_blocks=20)
+    # The block size may decide the order in which attention adds up, so it is the same.
+    alone = answers(tiny, params, max_sequences=1, num_blocks=100, block_size=options.get("block_size", 32))
     assert answers(tiny, params, **options) == alone
 
 

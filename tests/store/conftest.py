@@ -43,16 +43,24 @@ def server(start_server: Callable[[], LocalServer]) -> LocalServer:
     return start_server()
 
 
-@pytest.fixture
-def waits() -> list[float]:
-    """The pauses that the client under test asked for instead of sleeping."""
-    return []
-
-
-@pytest.fixture
-def http(waits: list[float]) -> Iterator[Http]:
+@pytest.fixture(scope="session")
+def shared_http() -> Iterator[tuple[Http, list[float]]]:
+    """One client for all tests, since making one reads the machine's certificates; and the pauses it asked for."""
+    waits: list[float] = []
     with Http(retries=3, timeout=20, sleep=waits.append) as client:
-        yield client
+        yield client, waits
+
+
+@pytest.fixture
+def waits(shared_http: tuple[Http, list[float]]) -> list[float]:
+    """The pauses that the client under test asked for instead of sleeping."""
+    shared_http[1].clear()
+    return shared_http[1]
+
+
+@pytest.fixture
+def http(shared_http: tuple[Http, list[float]]) -> Http:
+    return shared_http[0]
 
 
 @pytest.fixture

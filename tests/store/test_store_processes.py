@@ -171,7 +171,7 @@ def test_the_same_bytes_added_and_removed_by_many(store: Store, start: Start, tm
     """Each model shares its blob with the others: a removal must never take the blob from a model just added."""
     path = tmp_path / "shared.gguf"
     path.write_bytes(b"GGUF" + b"x" * 100_000)
-    workers = [start("churn", path, f"m{number}", 25) for number in range(3)]
+    workers = [start("churn", path, f"m{number}", 12) for number in range(3)]
     for worker in workers:
         assert worker.communicate(timeout=100)[0] == "churned\n"
         assert worker.returncode == 0

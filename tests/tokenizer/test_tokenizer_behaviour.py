@@ -152,3 +152,14 @@ def test_gguf_defaults_follow_llama_cpp() -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.add_bos) == (1, 2, 0, True)
     assert tokenizer.encode("a a") == [261, 261]
     assert tokenizer_from_gguf(metadata | {"tokenizer.ggml.add_space_prefix": False}).encode("a a") == [260, 261]
+
+
+def test_chosen_segments_equal_parsed_text(llama2: Tokenizer, llama3: Tokenizer) -> None:
+    """Control tokens chosen by id, with a user's text between them that spells one: only the chosen ones are control."""
+    for tokenizer in (llama2, llama3):
+        mark = tokenizer.id_to_token(tokenizer.eos_id)
+        parts = tokenizer.encode_segments([tokenizer.bos_id, "Hello  you", tokenizer.eos_id, f"I typed {mark}"])
+        text = f"{tokenizer.id_to_token(tokenizer.bos_id)}Hello  you{mark}"
+        typed = tokenizer.encode(f"I typed {mark}")
+        assert [token for part in parts for token in part] == tokenizer.encode(text, parse_special=True) + typed
+        assert tokenizer.eos_id not in typed

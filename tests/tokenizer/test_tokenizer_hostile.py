@@ -215,8 +215,7 @@ def test_tokenizer_json(change: Callable[[dict[str, Any]], Any], message: str, t
     assert "tokenizer.json" in str(error.value)
 
 
-@pytest.mark.parametrize("split", ["(", "(?<=", "[z-a]"])
-def test_a_pattern_that_does_not_compile(split: str, tmp_path: Path) -> None:
+def write_with_pattern(folder: Path, split: str) -> None:
     document = hugging_face()
     document["pre_tokenizer"] = {
         "type": "Sequence",
@@ -225,9 +224,23 @@ def test_a_pattern_that_does_not_compile(split: str, tmp_path: Path) -> None:
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ],
     }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
-    with pytest.raises(TokenizerError):
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("split", ["(", "(?<=", "[z-a]"])
+def test_a_pattern_that_does_not_compile(split: str, tmp_path: Path) -> None:
+    write_with_pattern(tmp_path, split)
+    with pytest.raises(TokenizerError, match="inconsistent"):
         load_tokenizer(tmp_path)
+
+
+def test_a_pattern_that_backtracks_without_end(tmp_path: Path) -> None:
+    """The library panics then, with an exception that `except Exception` would not catch."""
+    write_with_pattern(tmp_path, "(x+x+)+y")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("xxxy")) == b"xxxy"
+    with pytest.raises(TokenizerError, match="can't cut this text of 60 characters"):
+        tokenizer.encode("x" * 60)
 
 
 @pytest.mark.parametrize(

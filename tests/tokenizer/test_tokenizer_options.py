@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from puna.errors import TokenizerError
 from puna.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf, tokenizer_to_gguf
 from puna.tokenizer.tokenizer import _build_library
 
@@ -128,3 +129,31 @@ def test_added_tokens_of_tokenizer_config(llama2: Tokenizer, tokenizer_data: Pat
     assert again.encode("a<tool> b<|im_end|>", parse_special=True) == ours.encode(
         "a<tool> b<|im_end|>", parse_special=True
     )
+
+
+def test_forms_that_cannot_hold_a_vocabulary(smollm2: Tokenizer, llama2: Tokenizer, tmp_path: Path) -> None:
+    """Refused, not written wrongly."""
+    assert smollm2.to_tokenizer_model() is None  # its control tokens come first, and it cuts differently
+    document = llama2.to_tokenizer_json()
+    document["normalizer"] = None
+    document["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    assert load_tokenizer(tmp_path).to_tokenizer_model() is None  # SentencePiece has no such space rule
+    document = smollm2.to_tokenizer_json()
+    document["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\d"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(TokenizerError, match="GGUF has no name"):
+        tokenizer_to_gguf(load_tokenizer(tmp_path))
+
+
+def test_unigram_is_only_read_and_written_as_sentencepiece(tokenizer_data: Path, tmp_path: Path) -> None:
+    unigram = load_tokenizer(tokenizer_data / "sentencepiece.model")
+    for write in (unigram.to_tokenizer_json, lambda: tokenizer_to_gguf(unigram)):
+        with pytest.raises(TokenizerError, match="unigram"):
+            write()
+    model = unigram.to_tokenizer_model()
+    assert model is not None
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    again = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert again.encode(text) == unigram.encode(text)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from puna.checkpoint import gguf_reader
-from puna.checkpoint.gguf_reader import read_gguf
+from puna import gguf_file
 from puna.errors import CheckpointError
+from puna.gguf_file import read_gguf
 from puna.tensor import QUANT_TYPES
 
 gguf = pytest.importorskip("gguf")
@@ -40,7 +40,7 @@ def container(
     return header + bytes(-len(header) % 32) + data
 
 
-def read_bytes(folder: Path, content: bytes) -> gguf_reader.GGUFFile:
+def read_bytes(folder: Path, content: bytes) -> gguf_file.GGUFFile:
     path = folder / "file.gguf"
     path.write_bytes(content)
     return read_gguf(path)
@@ -288,7 +288,7 @@ def test_hostile_files_give_one_sentence(tmp_path: Path, case: str) -> None:
 
 
 def test_the_header_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_reader, "MAX_HEADER_BYTES", 1000)
+    monkeypatch.setattr(gguf_file, "MAX_HEADER_BYTES", 1000)
     with pytest.raises(CheckpointError, match="header does not end within 1000 bytes"):
         read_bytes(tmp_path, container([value("k", STRING, text("a" * 900)), value("l", STRING, text("b" * 900))]))
 

@@ -1,0 +1,268 @@
+"""The native linear layers against the formula they promise, for every weight type and instruction set.
+
+Expected products are float64, with weights decoded by the gguf package where it can, and activations quantized in numpy as
+csrc/activations.hpp describes.
+"""
+
+import mmap
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puna.errors import RequestError
+from puna.tensor import QUANT_TYPES, QuantType, Weight
+
+native = pytest.importorskip("puna._native", reason="the native extension is not built")
+
+from puna.ops.native_ops import NativeOps  # noqa: E402
+
+ISAS = native.instruction_sets()
+TYPES = sorted(QUANT_TYPES)
+FLOATS = ("F32", "F16", "BF16")
+HALF_FIELDS = {  # byte offsets of a block's float16 scales and minima (ggml-common.h)
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def ops(request: pytest.FixtureRequest) -> NativeOps:
+    return NativeOps(2, request.param)
+
+
+def with_scales(kind: QuantType, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Sane scales in place of random ones in blocks [rows, blocks, block_bytes]."""
+    for offset in HALF_FIELDS.get(kind.name, ()):
+        data[:, :, offset : offset + 2] = rng.uniform(-0.1, 0.1, (*data.shape[:2], 1)).astype("<f2").view(np.uint8)
+    if kind.name == "Q8_K":
+        data[:, :, :4] = rng.uniform(-0.1, 0.1, (*data.shape[:2], 1)).astype("<f4").view(np.uint8)
+    return data.reshape(len(data), -1)
+
+
+def random_weight(name: str, rows: int, columns: int, seed: int = 0, codes: tuple[int, ...] = ()) -> Weight:
+    """Random valid blocks; with ``codes``, of these bytes only."""
+    kind, rng = QUANT_TYPES[name], np.random.default_rng(seed)
+    if name in FLOATS:
+        data = kind.encode(rng.standard_normal((rows, columns), np.float32))
+    else:
+        shape = (rows, columns // kind.block_size, kind.block_bytes)
+        data = rng.choice(np.array(codes, np.uint8), shape) if codes else rng.integers(0, 256, shape, np.uint8)
+        data = with_scales(kind, data, rng)
+    return Weight("w", (rows, columns), kind, data)
+
+
+def decoded(weight: Weight) -> np.ndarray:
+    kind = gguf.GGMLQuantizationType(weight.type.gguf_id)
+    try:
+        return gguf.quants.dequantize(weight.data, kind).reshape(weight.shape).astype(np.float64)
+    except NotImplementedError:
+        return weight.dequantize().astype(np.float64)
+
+
+def quantized(x: np.ndarray) -> np.ndarray:
+    """Groups of 32 rounded to 127 steps of their largest magnitude, as the kernels see them; float64."""
+    groups = x.reshape(len(x), -1, 32)
+    largest = np.abs(groups).max(axis=-1, keepdims=True)
+    inverse = np.where(largest < 1e-30, 0, np.float32(127) / np.maximum(largest, np.float32(1e-30)))
+    codes = np.rint(groups * inverse.astype(np.float32))
+    return (codes.astype(np.float64) * (largest / np.float32(127))).reshape(x.shape)
+
+
+def assert_formula(ops: NativeOps, weight: Weight, x: np.ndarray) -> None:
+    """The product with quantized activations, to float32 rounding of the sum's terms."""
+    inputs = x.astype(np.float64) if weight.type.name in FLOATS else quantized(x)
+    w = decoded(weight)
+    difference = np.abs(ops.linear(x, ops.weight(weight)) - inputs @ w.T)
+    magnitude = np.abs(inputs) @ np.abs(w).T + 1e-30
+    assert (difference / magnitude).max() < 2e-6
+
+
+def block_of(name: str) -> int:
+    return 1 if name in FLOATS else QUANT_TYPES[name].block_size
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_matches_the_formula(ops: NativeOps, name: str) -> None:
+    rng = np.random.default_rng(1)
+    block = block_of(name)
+    shapes = {1: [(5, 7), (16, 33), (48, 576)], 32: [(1, 32), (37, 96), (48, 576)], 256: [(1, 256), (37, 768), (33, 1536)]}
+    for rows, columns in shapes[block]:
+        weight = random_weight(name, rows, columns)
+        for tokens in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 23, 48, 70):
+            assert_formula(ops, weight, rng.standard_normal((tokens, columns), np.float32))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_extreme_codes_do_not_overflow(ops: NativeOps, name: str) -> None:
+    """Every code at an end of its range against activations of +-127 steps: 16-bit intermediate sums are at their limit."""
+    rng = np.random.default_rng(2)
+    for codes in ((0x00,), (0xFF,), (0x80,), (0x7F,), (0x00, 0xFF), (0x0F, 0xF0), (0x80, 0x7F)):
+        weight = random_weight(name, 20, 512, codes=codes)
+        for x in (np.ones((3, 512)), -np.ones((3, 512)), rng.choice([-1.0, 1.0], (13, 512))):
+            assert_formula(ops, weight, x.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_close_to_the_unquantized_product(ops: NativeOps, name: str) -> None:
+    """Rounding activations to int8 costs under 1.2 % of the result's size (uniform rounding of Gaussian groups: 0.7 %)."""
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal((64, 1024), np.float32)
+    kind = QUANT_TYPES[name]
+    weight = Weight.from_array("w", values, name) if kind.can_encode else random_weight(name, 64, 1024)
+    x = rng.standard_normal((9, 1024), np.float32)
+    expected = x.astype(np.float64) @ decoded(weight).T
+    error = ops.linear(x, ops.weight(weight)) - expected
+    limit = 1e-6 if name in FLOATS else 0.012
+    assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < limit
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_does_not_depend_on_the_batch_or_the_threads(isa: str, name: str) -> None:
+    columns = 512
+    x = np.random.default_rng(4).standard_normal((70, columns), np.float32)
+    weight = random_weight(name, 37, columns)
+    alone = None
+    for threads in (1, 2, 3):
+        ops = NativeOps(threads, isa)
+        w = ops.weight(weight)
+        if alone is None:
+            alone = np.concatenate([ops.linear(x[i : i + 1], w) for i in range(70)])
+        for tokens in range(1, 71):
+            first = 70 - tokens if tokens % 2 else 0
+            np.testing.assert_array_equal(ops.linear(x[first : first + tokens], w), alone[first : first + tokens])
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="this machine has no AVX512-VNNI")
+@pytest.mark.parametrize("name", TYPES)
+def test_avx2_and_avx512_give_the_same_bits(name: str) -> None:
+    weight = random_weight(name, 40, 768)
+    x = np.random.default_rng(5).standard_normal((14, 768), np.float32)
+    wide, narrow = (ops.linear(x, ops.weight(weight)) for ops in (NativeOps(1, "avx512"), NativeOps(1, "avx2")))
+    np.testing.assert_array_equal(wide, narrow)
+
+
+def test_linears_of_mixed_types_equal_one_at_a_time(ops: NativeOps) -> None:
+    rng = np.random.default_rng(6)
+    names = ("Q4_K", "Q6_K", "Q8_0", "F16", "Q4_0", "Q2_K", "IQ4_XS")
+    weights = [ops.weight(random_weight(name, 20 + 7 * i, 512, seed=i)) for i, name in enumerate(names)]
+    biases = [rng.standard_normal(w.shape[0]).astype(np.float32) if i % 2 else None for i, w in enumerate(weights)]
+    for tokens in (1, 6, 100):
+        x = rng.standard_normal((tokens, 512), np.float32)
+        for out, w, bias in zip(ops.linears(x, weights, biases), weights, biases, strict=True):
+            np.testing.assert_array_equal(out, ops.linear(x, w, bias))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 23, 45])
+def test_bias_and_residual_are_added_in_that_order(ops: NativeOps, rows: int) -> None:
+    rng = np.random.default_rng(7)
+    w = ops.weight(random_weight("Q4_1", rows, 64))
+    x = rng.standard_normal((14, 64), np.float32)
+    bias, residual = rng.standard_normal(rows).astype(np.float32), rng.standard_normal((14, rows), np.float32)
+    plain = ops.linear(x, w)
+    np.testing.assert_array_equal(ops.linear(x, w, bias), plain + bias)
+    np.testing.assert_array_equal(ops.linear(x, w, None, residual), plain + residual)
+    np.testing.assert_array_equal(ops.linear(x, w, bias, residual), plain + bias + residual)
+
+
+def test_no_tokens(ops: NativeOps) -> None:
+    out = ops.linear(np.empty((0, 64), np.float32), ops.weight(random_weight("Q8_0", 20, 64)))
+    assert out.shape == (0, 20)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_activation_shows_in_its_row_and_no_other(ops: NativeOps, bad: float) -> None:
+    w = ops.weight(random_weight("Q4_0", 20, 128))
+    x = np.random.default_rng(8).standard_normal((14, 128), np.float32)
+    clean = ops.linear(x, w)
+    x[5, 77] = bad
+    out = ops.linear(x, w)
+    assert np.isnan(out[5]).all()
+    np.testing.assert_array_equal(np.delete(out, 5, axis=0), np.delete(clean, 5, axis=0))
+
+
+def test_tiny_and_zero_activations(ops: NativeOps) -> None:
+    w = ops.weight(random_weight("Q8_0", 20, 64))
+    assert not ops.linear(np.zeros((2, 64), np.float32), w).any()
+    assert np.abs(ops.linear(np.full((2, 64), 1e-42, np.float32), w)).max() < 1e-37
+
+
+@settings(max_examples=40, deadline=None)
+@given(name=st.sampled_from([n for n in TYPES if n not in FLOATS]), seed=st.integers(0, 2**32 - 1))
+def test_any_weight_bytes_are_survived(name: str, seed: int) -> None:
+    """Hostile scales (NaN, infinite) reach only their own output rows."""
+    rng = np.random.default_rng(seed)
+    kind = QUANT_TYPES[name]
+    data = rng.integers(0, 256, (35, kind.row_bytes(256)), np.uint8)
+    x = rng.standard_normal((3, 256), np.float32)
+    ops = NativeOps(1)
+    out = ops.linear(x, ops.weight(Weight("w", (35, 256), kind, data)))
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(kind.decode(data)).all(axis=1)
+    assert np.isfinite(out[:, finite]).all()
+
+
+def test_a_tied_embedding_serves_both_uses(ops: NativeOps) -> None:
+    weight = random_weight("Q8_0", 40, 64)
+    table = ops.weight(weight)
+    x = ops.embed(table, np.array([3, 39, 0], np.int32))
+    np.testing.assert_allclose(x, decoded(weight)[[3, 39, 0]], rtol=1e-6)
+    assert_formula(ops, weight, x)
+    ops.linear(x, table)
+    np.testing.assert_array_equal(ops.embed(table, np.array([3, 39, 0], np.int32)), x)
+
+
+def test_mapped_files_are_read_and_left(ops: NativeOps, tmp_path: Path) -> None:
+    expected = random_weight("Q4_0", 300, 512)
+    path = tmp_path / "weights"
+    path.write_bytes(b"header" + expected.data.tobytes())
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    data = np.frombuffer(mapped, np.uint8, offset=6).reshape(expected.data.shape)
+    weight = Weight("w", expected.shape, expected.type, data)
+    x = np.ones((2, 512), np.float32)
+    np.testing.assert_array_equal(ops.linear(x, ops.weight(weight)), ops.linear(x, ops.weight(expected)))
+    np.testing.assert_array_equal(weight.data, expected.data)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    ops = NativeOps(1)
+    w = ops.weight(random_weight("Q8_0", 20, 64))
+    good = np.zeros((2, 64), np.float32)
+    for x, bias, residual in (
+        (np.zeros((2, 32), np.float32), None, None),
+        (good, np.zeros(19, np.float32), None),
+        (good, None, np.zeros((1, 20), np.float32)),
+    ):
+        with pytest.raises(ValueError, match="linears"):
+            ops.linear(x, w, bias, residual)
+    core = native.Native(1, ISAS[0])
+    with pytest.raises(TypeError):  # a copy would be written to in the output's place
+        core.linears(good, [w.panels], [None], None, [np.zeros((2, 20), np.float64)])
+    for kind, rows, columns, size in ((8, 16, 31, 64), (99, 16, 32, 64), (8, 16, 32, 543), (8, -16, 32, 544)):
+        with pytest.raises(ValueError, match="Panels"):
+            native.Panels(kind, rows, columns, np.zeros(size, np.uint8))
+    with pytest.raises(ValueError, match="pack"):
+        core.pack(8, 16, 32, np.zeros((15, 34), np.uint8), np.zeros(544, np.uint8))
+
+
+def test_an_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUNA_ISA", "portable")
+    assert NativeOps(1).isa == "portable"
+    monkeypatch.setenv("PUNA_ISA", "mmx")
+    with pytest.raises(RequestError, match=r"mmx.*portable"):
+        NativeOps(1)
