@@ -120,15 +120,16 @@ void write_token(const Geometry& g, int64_t token) {
 
 // ---- one chunk ----
 
-// Scores of Rows queries against Width vectors of keys of one block.
+// Scores of Rows queries against Width vectors of keys of one block. Meanwhile the block at `ahead` is fetched.
 template <int Rows, int Width>
-void score_keys(const Geometry& g, const float* queries, const uint16_t* keys, float* scores) {
+void score_keys(const Geometry& g, const float* queries, const uint16_t* keys, const uint16_t* ahead, float* scores) {
   Vec sums[Rows][Width];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
     for (int w = 0; w < Width; ++w) sums[r][w] = zero();
   for (int d = 0; d < g.head_dim; ++d) {
+    __builtin_prefetch(ahead + d * g.key_stride);
     Vec key[Width];
 #pragma GCC unroll 4
     for (int w = 0; w < Width; ++w) key[w] = load_half(keys + d * g.key_stride + w * kLanes);
@@ -155,7 +156,10 @@ void sum_values(const Geometry& g, const float* weights, const uint16_t* const* 
     for (int w = 0; w < Width; ++w) sums[r][w] = zero();
   for (int done = 0; done < keys; done += g.block_size, ++values, weights += g.key_stride) {
     const int count = int(min_of(g.block_size, keys - done));
+    const uint16_t* ahead = done + count < keys ? values[1] : values[0];
     for (int i = 0; i < count; ++i) {
+#pragma GCC unroll 4
+      for (int w = 0; w < Width; w += 32 / kLanes) __builtin_prefetch(ahead + int64_t(i) * g.value_stride + dimension + w * kLanes);
       Vec value[Width];
 #pragma GCC unroll 4
       for (int w = 0; w < Width; ++w) value[w] = load_half(*values + int64_t(i) * g.value_stride + dimension + w * kLanes);
@@ -211,10 +215,12 @@ void attend_chunk(const Geometry& g, const float* queries, int rows, const int* 
     const int vectors = int(ceil_div(min_of(g.block_size, keys - b * g.block_size), kLanes));
     for (int first = 0; first < vectors; first += kScoreWidth)
       visit_count<kScoreWidth>(vectors - first, [&](auto width) {
+        const bool last = (b + 1) * g.block_size >= keys;
         const uint16_t* at = blocks.keys[b] + first * kLanes;
+        const uint16_t* ahead = (last ? blocks.values[0] : blocks.keys[b + 1]) + first * kLanes;
         for (int r = 0; r < rows; r += kScoreRows)
           visit_count<kScoreRows>(rows - r, [&](auto count) {
-            score_keys<count.value, width.value>(g, queries + r * g.head_dim, at,
+            score_keys<count.value, width.value>(g, queries + r * g.head_dim, at, ahead,
                                                  scores + r * g.score_stride + b * g.key_stride + first * kLanes);
           });
       });

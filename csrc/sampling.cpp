@@ -105,15 +105,27 @@ double total_weight(Candidates c) {
 
 // ---- logits of one row ----
 
-// e^z in float64 for z <= 0, to about 1e-16; 0 below -708. Written so that the compiler can vectorise a loop over it.
-inline double exp_negative(double z) {
-  const double clamped = z > -708.0 ? z : -708.0, shift = 0x1.8p52;
-  const double shifted = clamped * 1.4426950408889634 + shift;  // the nearest integer is in the low bits
-  const double n = shifted - shift;
-  const double r = (clamped - n * 0x1.62e42ffp-1) - n * -0x1.718432a1b0e26p-35;  // ln 2 in two parts
-  double series = 1.0 / 6227020800.0;                                            // Taylor's, to r^13 / 13!
-  series = series * r + 1.0 / 479001600.0;
-  series = series * r + 1.0 / 39916800.0;
+// Vectors of float64, as wide as Vec.
+constexpr int kWideLanes = kLanes / 2;
+using Wide = double __attribute__((vector_size(kWideLanes * 8)));
+using WideBits = uint64_t __attribute__((vector_size(kWideLanes * 8)));
+using HalfVec = float __attribute__((vector_size(kWideLanes * 4)));
+
+inline Wide load_wide(const float* p) {
+  HalfVec v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Wide);
+}
+
+// e^z in float64 for z <= 0, to about 1e-15; 0 below -708. Real is double or Wide.
+template <typename Real, typename Bits>
+inline Real exp_negative(Real z) {
+  const Real lowest = Real{} - 708.0;
+  const Real clamped = z > lowest ? z : lowest;
+  const Real shifted = clamped * 1.4426950408889634 + 0x1.8p52;  // the nearest integer is in the low bits
+  const Real n = shifted - 0x1.8p52;
+  const Real r = (clamped - n * 0x1.62e42ffp-1) - n * -0x1.718432a1b0e26p-35;  // ln 2 in two parts
+  Real series = r * (1.0 / 479001600.0) + 1.0 / 39916800.0;                    // Taylor's, to r^12 / 12!
   series = series * r + 1.0 / 3628800.0;
   series = series * r + 1.0 / 362880.0;
   series = series * r + 1.0 / 40320.0;
@@ -125,8 +137,8 @@ inline double exp_negative(double z) {
   series = series * r + 0.5;
   series = series * r + 1.0;
   series = series * r + 1.0;
-  const double power = bit_cast<double>((bit_cast<uint64_t>(shifted) + 1023) << 52);
-  return z > -708.0 ? series * power : 0.0;
+  const Real power = bit_cast<Real>((bit_cast<Bits>(shifted) + 1023) << 52);
+  return z > lowest ? series * power : Real{};
 }
 
 // NaN counts as -inf, +inf as the largest number.
@@ -204,15 +216,19 @@ struct Row {
   double scaled(double logit, double temperature) const { return (logit - double(peak)) / temperature; }
 
   void weigh(Candidates& c, double temperature) const {
-    for (int64_t i = 0; i < c.count; ++i) c.at[i].weight = exp_negative(scaled(c.at[i].key, temperature));
+    for (int64_t i = 0; i < c.count; ++i)
+      c.at[i].weight = exp_negative<double, uint64_t>(scaled(c.at[i].key, temperature));
     keep_where(c, [](const Candidate& candidate) { return candidate.weight > 0; });
   }
 
+  // Of all tokens.
   double total_mass(double temperature) const {
-    double sums[8] = {};
-    for (int64_t i = 0; i < blocks * kBlock; i += 8)
-      for (int j = 0; j < 8; ++j) sums[j] += exp_negative(scaled(double(x[i + j]), temperature));
-    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    Wide sum{};
+    for (int64_t i = 0; i < blocks * kBlock; i += kWideLanes)
+      sum += exp_negative<Wide, WideBits>((load_wide(x + i) - double(peak)) / temperature);
+    double total = 0;
+    for (int i = 0; i < kWideLanes; ++i) total += sum[i];
+    return total;
   }
 
   // The most probable tokens, weighed, up to a mass of at least `mass`.

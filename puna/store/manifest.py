@@ -129,7 +129,7 @@ class _Reader:
 
     def check(self, key: str, good: bool) -> None:
         if not good:
-            raise self.error(f"unexpected value of {key}" if key else "unexpected value")
+            raise self.error(f"unexpected {key}")
 
     def text(self, raw: Mapping[str, Any], key: str) -> str:
         value = raw.get(key)

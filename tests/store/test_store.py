@@ -90,6 +90,19 @@ def test_a_folder_of_links_is_followed(store: Store, tmp_path: Path) -> None:
     assert stored.samefile(real / "model.safetensors")
 
 
+def test_what_is_stored_opens(store: Store, shared_data: Path) -> None:
+    """A real model as a folder and as GGUF: what the store gives is what the checkpoint readers take."""
+    from puna.checkpoint import open_checkpoint
+
+    weights = shared_data / "weights" / "stories260K"
+    import_file(weights / "hf", "folder", store=store)
+    import_file(next(weights.glob("*.gguf")), "file", store=store)
+    for name in ("folder", "file"):
+        checkpoint = open_checkpoint(resolve(name, store).path)
+        assert checkpoint.config.hidden_size == 64
+        assert checkpoint.tokenizer is not None
+
+
 def test_a_safetensors_file_brings_its_configuration(store: Store, tmp_path: Path) -> None:
     folder = checkpoint_folder(tmp_path / "m")
     import_file(folder / "model.safetensors", "m", store=store)

@@ -155,7 +155,7 @@ def test_gguf_defaults_follow_llama_cpp() -> None:
 
 
 def test_chosen_segments_equal_parsed_text(llama2: Tokenizer, llama3: Tokenizer) -> None:
-    """Control tokens chosen by id, with a user's text between them that spells one: only the chosen ones are control."""
+    """A user's text that spells a control token stays text; only the tokens chosen by id are control."""
     for tokenizer in (llama2, llama3):
         mark = tokenizer.id_to_token(tokenizer.eos_id)
         parts = tokenizer.encode_segments([tokenizer.bos_id, "Hello  you", tokenizer.eos_id, f"I typed {mark}"])
