@@ -347,9 +347,10 @@ void sample_row(Row& row, const float* logits, const SampleRow& sample) {
 // -inf; top_ids beyond the possible tokens are -1.
 void sample(ThreadPool& pool, const float* logits, int64_t vocabulary, const SampleRow* rows, int64_t count) {
   const int64_t blocks = (vocabulary + kBlock - 1) / kBlock, padded = blocks * kBlock;
-  const Buffer<float> floats((padded + blocks) * pool.threads());
-  const Buffer<int32_t> counts(vocabulary * pool.threads());
-  const Buffer<Candidate> candidates((padded + 1) * pool.threads());
+  const int threads = count > 1 ? pool.threads() : 1;
+  const Buffer<float> floats((padded + blocks) * threads);
+  const Buffer<int32_t> counts(vocabulary * threads);
+  const Buffer<Candidate> candidates((padded + 1) * threads);
   pool.run(count, 1, [&](int64_t begin, int64_t end, int thread) {
     float* x = floats.data + thread * (padded + blocks);
     Row row{x, x + padded, counts.data + thread * vocabulary, candidates.data + thread * (padded + 1), vocabulary, blocks, 0};

@@ -36,11 +36,8 @@ ThreadPool::~ThreadPool() {
     for (auto& worker : workers_) worker.detach();
     return;
   }
-  {
-    std::lock_guard lock(sleep_mutex_);
-    stop_ = true;
-  }
-  wake_.notify_all();
+  stop_ = true;
+  wake();
   for (auto& worker : workers_) worker.join();
 }
 
@@ -58,10 +55,7 @@ void ThreadPool::run_erased(int64_t count, int64_t grain, const void* context, E
   next_.store(0, std::memory_order_relaxed);
   const uint64_t loop = (gate_.load(std::memory_order_relaxed) >> kLoopShift) + 1;
   gate_.store(loop << kLoopShift | kOpen);  // sequentially consistent, against the count of sleepers
-  if (sleeping_.load() > 0) {
-    std::lock_guard wake_lock(sleep_mutex_);
-    wake_.notify_all();
-  }
+  if (sleeping_.load() > 0) wake();
   take_chunks(0);
   gate_.fetch_and(~kOpen);
   // Yield after a while: whoever holds the last chunk may be waiting for this very core.
@@ -94,11 +88,21 @@ uint64_t ThreadPool::wait_for_loop(uint64_t seen) {
       pause();
     }
   } while (std::chrono::steady_clock::now() < deadline);
-  std::unique_lock lock(sleep_mutex_);
-  sleeping_.fetch_add(1);
-  wake_.wait(lock, [&] { return gate_.load() >> kLoopShift != seen || stop_; });
-  sleeping_.fetch_sub(1);
-  return gate_.load(std::memory_order_acquire);
+  // Read the bell, say that we sleep, look at the gate again: whoever opens it after that look rings for us.
+  for (;;) {
+    const uint32_t bell = bell_;
+    sleeping_.fetch_add(1);
+    const uint64_t gate = gate_;
+    const bool changed = gate >> kLoopShift != seen || stop_;
+    if (!changed) bell_.wait(bell);
+    sleeping_.fetch_sub(1);
+    if (changed) return gate;
+  }
+}
+
+void ThreadPool::wake() {
+  bell_.fetch_add(1);
+  bell_.notify_all();
 }
 
 void ThreadPool::work(int thread) {

@@ -2,11 +2,10 @@
 //
 // Work is taken in chunks from one counter, and a loop ends when every chunk is done: a worker that the operating system has
 // put aside is not waited for unless it holds a chunk. Workers spin for some tens of microseconds after a loop, then sleep.
-// After fork() the child's pool still works, on the calling thread alone.
+// After fork() the child's pool still works, on the calling thread alone (unless a loop was running at that moment).
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <thread>
@@ -41,6 +40,7 @@ class ThreadPool {
   void take_chunks(int thread);
   bool join(uint64_t seen);
   uint64_t wait_for_loop(uint64_t seen);
+  void wake();
 
   // The loop being run. Written by the caller while no worker is inside.
   const void* context_ = nullptr;
@@ -50,9 +50,9 @@ class ThreadPool {
   alignas(64) std::atomic<int64_t> next_{0};  // first item that nobody has taken
   alignas(64) std::atomic<uint64_t> gate_{0};  // loop number << 32 | open flag | workers inside
   alignas(64) std::atomic<int> sleeping_{0};
+  std::atomic<uint32_t> bell_{0};  // sleepers wait for it to change; unlike a condition variable it survives fork()
   std::atomic<bool> stop_{false};
-  std::mutex caller_mutex_, sleep_mutex_;
-  std::condition_variable wake_;
+  std::mutex caller_mutex_;
   std::vector<std::thread> workers_;
   long creator_;
 };

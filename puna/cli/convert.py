@@ -30,7 +30,8 @@ def convert(source: str, destination: Path, format_name: str | None, weight_type
     from puna.store import resolve
 
     path = resolve(source).path
-    with Progress(console=Console(stderr=True)) as bars:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bars:
         task = bars.add_task("converting", total=None)
 
         def on_tensor(name: str, done: int, total: int) -> None:

@@ -38,9 +38,9 @@ class LLM:
 
     >>> from puna import LLM
     >>> with LLM.load("smollm2") as llm:
-    ...     answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0)
-    >>> "Paris" in answer.text
-    True
+    ...     answer = llm.chat([{"role": "user", "content": "What is 2+2?"}], temperature=0)
+    >>> answer.text
+    'The answer to this classic math problem is 4.'
 
     Not thread-safe: one thread at a time.
     """
@@ -187,7 +187,7 @@ class LLM:
         >>> llm.generate("The capital of France is", temperature=0, max_tokens=1).text
         ' Paris'
         >>> "".join(chunk.text for chunk in llm.generate("1, 2, 3,", temperature=0, max_tokens=2, stream=True))
-        ' 4,'
+        ' 4'
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         ids = [self.tokenizer.encode(t, add_bos=self.tokenizer.add_bos, parse_special=parse_special) for t in texts]
@@ -230,8 +230,8 @@ class LLM:
 
         Control tokens in a message's text are plain text to the model. Raises RequestError, TemplateError.
 
-        >>> llm.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0).text
-        'The capital of France is Paris.'
+        >>> llm.chat([{"role": "user", "content": "What is 2+2?"}], temperature=0, stop=["4"]).text
+        'The answer to this classic math problem is '
         """
         prompt = self.prompt(messages, tools=tools)
         requests = [self._request(prompt.ids, self.sampling(params, **sampling), constraint)]

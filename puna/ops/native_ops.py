@@ -96,9 +96,7 @@ class NativeOps:
         self._native.rms_norm(x, weight, eps, out)
         return out
 
-    def linear(
-        self, x: Floats, w: NativeWeight, bias: Floats | None = None, residual: Floats | None = None
-    ) -> Floats:
+    def linear(self, x: Floats, w: NativeWeight, bias: Floats | None = None, residual: Floats | None = None) -> Floats:
         out = np.empty((len(x), w.shape[0]), np.float32)
         self._native.linears(x, [w.panels or self._pack(w)], [bias], residual, [out])
         return out

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,16 +43,15 @@ def _sample_row(raw: NDArray[np.float32], row: SamplingRow) -> Sampled:
 
 def adjust_logits(raw: NDArray[np.float32], row: SamplingRow) -> NDArray[np.float32]:
     """Penalties, bias and the mask of allowed tokens: float32[V] -> float32[V], disallowed tokens at -inf."""
-    x = raw.copy()
+    x: NDArray[np.float32] = raw.copy()
     history = row.history[(row.history >= 0) & (row.history < len(x))]
     seen, counts = np.unique(history, return_counts=True)
     repeat = np.float32(row.repeat_penalty)
     x[seen] = np.where(x[seen] < 0, x[seen] * repeat, x[seen] / repeat)
     x[seen] = (x[seen] - float(np.float32(row.frequency_penalty)) * counts) - float(np.float32(row.presence_penalty))
     x[seen] = _finite(x[seen])
-    for token, value in row.bias.items():
-        if 0 <= token < len(x):
-            x[token] = _finite(x[token] + np.float32(value))
+    biased = [token for token in row.bias if 0 <= token < len(x)]
+    x[biased] = _finite(x[biased] + np.array([row.bias[token] for token in biased], np.float32))
     if row.allowed is not None:
         bits = np.unpackbits(row.allowed.astype("<u4").view(np.uint8), bitorder="little")
         x[bits[: len(x)] == 0] = -np.inf
@@ -98,7 +96,7 @@ def _typical(z: NDArray[np.float64], weights: NDArray[np.float64], mass: float) 
     return keep
 
 
-def _finite(x: Any) -> Any:
+def _finite(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.nan_to_num(x, nan=-np.inf, posinf=LARGEST, neginf=-np.inf)
 
 

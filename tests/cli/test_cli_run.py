@@ -14,19 +14,18 @@ from puna.errors import RequestError
 from puna.llm import LLM
 
 GREEDY = ["--temperature", "0"]
+ANSWER = "The answer to this classic math problem is 4."
 
 
 def test_one_answer(stored) -> None:
-    result = stored("run", "smollm2", "What is the capital of France?", *GREEDY)
-    assert result.out == "The capital of France is Paris.\n"
+    assert stored("run", "smollm2", "What is 2+2?", *GREEDY).out == f"{ANSWER}\n"
 
 
 def test_json_has_the_answer_and_its_timings(stored) -> None:
-    facts = stored("run", "smollm2", "What is the capital of France?", "--json", *GREEDY).json
-    assert facts["response"] == "The capital of France is Paris."
+    facts = stored("run", "smollm2", "What is 2+2?", "--json", *GREEDY).json
+    assert facts["response"] == ANSWER
     assert facts["finish_reason"] == "stop"
-    assert facts["prompt_tokens"] == 37
-    assert facts["generated_tokens"] == 8
+    assert facts["generated_tokens"] == 12
     assert facts["decode_tokens_per_second"] > 0
 
 
@@ -57,8 +56,8 @@ def test_sampling_options_reach_the_engine(stored) -> None:
     assert answer("--seed", "1") == answer("--seed", "1")
     assert answer("--seed", "1", "--temperature", "1.5") != answer("--seed", "2", "--temperature", "1.5")
     assert answer("--top-k", "1") == answer(*GREEDY)
-    stopped = stored("run", "smollm2", "What is the capital of France?", "--stop", "Paris", *GREEDY).out
-    assert stopped == "The capital of France is \n"
+    stopped = stored("run", "smollm2", "What is 2+2?", "--stop", "classic", *GREEDY).out
+    assert stopped == "The answer to this \n"
 
 
 def test_format_makes_valid_json(stored, tmp_path: Path) -> None:
@@ -195,8 +194,8 @@ def test_the_real_terminal(smollm2_path: Path, home: Path) -> None:
             seen += part
 
     read_until(b">>>")
-    os.write(ours, b"What is the capital of France?\r")
-    read_until(b"Paris.")
+    os.write(ours, b"What is 2+2?\r")
+    read_until(b"problem is 4.")
     os.write(ours, b"/bye\r")
     try:
         while os.read(ours, 65536):
@@ -204,4 +203,4 @@ def test_the_real_terminal(smollm2_path: Path, home: Path) -> None:
     except OSError:
         pass  # the other end is closed
     assert process.wait(timeout=60) == 0
-    assert "capital of France" in (home / "history").read_text()
+    assert "What is 2+2?" in (home / "history").read_text()

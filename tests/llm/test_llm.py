@@ -17,7 +17,8 @@ def llm(smollm2_path: Path):
         yield loaded
 
 
-CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+SUM = [{"role": "user", "content": "What is 2+2?"}]
+ANSWER = "The answer to this classic math problem is 4."  # also transformers' in float32, by a clear margin
 
 
 def test_a_list_gives_the_same_as_each_alone(llm: LLM) -> None:
@@ -30,11 +31,11 @@ def test_a_list_gives_the_same_as_each_alone(llm: LLM) -> None:
 
 
 def test_streaming_gives_the_same_text(llm: LLM) -> None:
-    chunks = list(llm.chat(CAPITAL, temperature=0, stream=True))
+    chunks = list(llm.chat(SUM, temperature=0, stream=True))
     assert all(isinstance(chunk, Chunk) for chunk in chunks)
-    assert "".join(c.text for c in chunks) == llm.chat(CAPITAL, temperature=0).text == "The capital of France is Paris."
+    assert "".join(c.text for c in chunks) == llm.chat(SUM, temperature=0).text == ANSWER
     assert chunks[-1].finish_reason == "stop"
-    assert chunks[-1].timings.generated_tokens == 8
+    assert chunks[-1].timings.generated_tokens == len(llm.tokenizer.encode(ANSWER)) + 1
 
 
 def test_two_streams_interleave(llm: LLM) -> None:
@@ -55,14 +56,14 @@ def test_leaving_a_stream_cancels_it(llm: LLM) -> None:
 
 
 def test_stop_strings_end_and_are_not_shown(llm: LLM) -> None:
-    answer = llm.chat(CAPITAL, temperature=0, stop=["France"])
-    assert answer.text == "The capital of "
+    answer = llm.chat(SUM, temperature=0, stop=["classic"])
+    assert answer.text == "The answer to this "
     assert answer.finish_reason == "stop"
 
 
 def test_the_second_turn_reuses_the_first(llm: LLM) -> None:
-    first = llm.chat(CAPITAL, temperature=0)
-    turn = [*CAPITAL, {"role": "assistant", "content": first.text}, {"role": "user", "content": "And of Spain?"}]
+    first = llm.chat(SUM, temperature=0)
+    turn = [*SUM, {"role": "assistant", "content": first.text}, {"role": "user", "content": "And 3+3?"}]
     assert llm.chat(turn, temperature=0, max_tokens=4).timings.cached_tokens >= 32
 
 
@@ -97,13 +98,13 @@ def test_embeddings_put_like_to_like(llm: LLM) -> None:
 def test_system_prompt_of_the_model_applies_unless_given(llm: LLM) -> None:
     llm.system = "You are a pirate."
     try:
-        assert "You are a pirate." in llm.prompt(CAPITAL).text
-        assert "pirate" not in llm.prompt([{"role": "system", "content": "Be plain."}, *CAPITAL]).text
+        assert "You are a pirate." in llm.prompt(SUM).text
+        assert "pirate" not in llm.prompt([{"role": "system", "content": "Be plain."}, *SUM]).text
     finally:
         llm.system = None
 
 
-def test_mistakes(llm: LLM, tmp_path: Path) -> None:
+def test_mistakes(llm: LLM, smollm2_path: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="unknown sampling parameter"):
         llm.generate("x", warmth=1)
     with pytest.raises(RequestError, match="temperature"):
@@ -123,7 +124,7 @@ def test_mistakes(llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="smaller context_length"):
         LLM(llm.model, llm.tokenizer, context_length=2**40)
     with pytest.raises(RequestError, match="unknown ops"):
-        LLM.load(tmp_path, ops="gpu")
+        LLM.load(smollm2_path, ops="gpu")
 
 
 def test_documentation_examples(llm: LLM, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,25 @@ def test_large_scores_do_not_overflow(isa):
     np.testing.assert_allclose(out, dense(q[0], k[0], v[0], 2, 1), rtol=0, atol=0.05)
 
 
+def test_the_cache_holds_the_nearest_float16(isa):
+    """All magnitudes, ties and subnormals included, at the places that the layout in attention.cpp says."""
+    rng = np.random.default_rng(2)
+    tokens, kv_heads, head_dim, block_size = 40, 2, 22, 24
+    x = (rng.normal(size=(tokens, kv_heads * head_dim)) * 10.0 ** rng.integers(-9, 4, (tokens, 1))).astype(np.float32)
+    below = rng.integers(0, 0x7BFF, x[:8].shape).astype(np.uint16)
+    above = below + np.uint16(1)
+    x[:8] = (below.view(np.float16).astype(np.float32) + above.view(np.float16).astype(np.float32)) / 2
+    cache = Paged(isa, [tokens], heads=2, kv_heads=2, head_dim=head_dim, block_size=block_size)
+    cache.step([x], [x], [-x], [(0, tokens)])
+    for t in range(tokens):
+        block, offset = cache.tables[0, t // block_size], t % block_size
+        expected = x[t].astype(np.float16).reshape(kv_heads, head_dim)
+        assert np.array_equal(cache.keys[block, :, :, offset].view(np.float16), expected)
+        assert np.array_equal(cache.values[block, :, offset, :head_dim].view(np.float16), -expected)
+    assert not cache.values[..., head_dim:].any()
+    assert not cache.keys[..., block_size:].any()
+
+
 def test_what_float16_cannot_hold_saturates(isa):
     q, k, v = random_inputs([3], 1, 1, 8)
     v[0][:] = [[1e6], [-1e6], [70000]]

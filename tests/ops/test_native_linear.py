@@ -1,7 +1,7 @@
 """The native linear layers against the formula they promise, for every weight type and instruction set.
 
-Expected products are float64, with weights decoded by the gguf package where it can, and activations quantized in numpy as
-csrc/activations.hpp describes.
+Expected products are float64, with weights decoded by the gguf package where it can, and activations quantized in numpy
+as csrc/activations.hpp describes.
 """
 
 import mmap
@@ -99,7 +99,11 @@ def block_of(name: str) -> int:
 def test_matches_the_formula(ops: NativeOps, name: str) -> None:
     rng = np.random.default_rng(1)
     block = block_of(name)
-    shapes = {1: [(5, 7), (16, 33), (48, 576)], 32: [(1, 32), (37, 96), (48, 576)], 256: [(1, 256), (37, 768), (33, 1536)]}
+    shapes = {
+        1: [(5, 7), (16, 33), (48, 576)],
+        32: [(1, 32), (37, 96), (48, 576)],
+        256: [(1, 256), (37, 768), (33, 1536)],
+    }
     for rows, columns in shapes[block]:
         weight = random_weight(name, rows, columns)
         for tokens in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 23, 48, 70):
@@ -108,7 +112,7 @@ def test_matches_the_formula(ops: NativeOps, name: str) -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_extreme_codes_do_not_overflow(ops: NativeOps, name: str) -> None:
-    """Every code at an end of its range against activations of +-127 steps: 16-bit intermediate sums are at their limit."""
+    """Codes at the ends of their range against activations of +-127 steps: 16-bit partial sums are at their limit."""
     rng = np.random.default_rng(2)
     for codes in ((0x00,), (0xFF,), (0x80,), (0x7F,), (0x00, 0xFF), (0x0F, 0xF0), (0x80, 0x7F)):
         weight = random_weight(name, 20, 512, codes=codes)
@@ -118,7 +122,7 @@ def test_extreme_codes_do_not_overflow(ops: NativeOps, name: str) -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_close_to_the_unquantized_product(ops: NativeOps, name: str) -> None:
-    """Rounding activations to int8 costs under 1.2 % of the result's size (uniform rounding of Gaussian groups: 0.7 %)."""
+    """Rounding Gaussian activations to int8 in groups of 32 costs about 0.6 % of the result's size."""
     rng = np.random.default_rng(3)
     values = rng.standard_normal((64, 1024), np.float32)
     kind = QUANT_TYPES[name]
@@ -212,8 +216,8 @@ def test_any_weight_bytes_are_survived(name: str, seed: int) -> None:
     ops = NativeOps(1)
     out = ops.linear(x, ops.weight(Weight("w", (35, 256), kind, data)))
     with np.errstate(all="ignore"):
-        finite = np.isfinite(kind.decode(data)).all(axis=1)
-    assert np.isfinite(out[:, finite]).all()
+        sane = (np.abs(kind.decode(data)) < 1e30).all(axis=1)
+    assert np.isfinite(out[:, sane]).all()
 
 
 def test_a_tied_embedding_serves_both_uses(ops: NativeOps) -> None:

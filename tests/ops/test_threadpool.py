@@ -12,7 +12,7 @@ from puna.tensor import Weight
 
 pytest.importorskip("puna._native", reason="the native extension is not built")
 
-from puna.ops.native_ops import NativeOps  # noqa: E402
+from puna.ops.native_ops import NativeOps
 
 X = np.random.default_rng(0).standard_normal((40, 256), np.float32)
 WEIGHT = Weight.from_array("w", np.random.default_rng(1).standard_normal((700, 256)).astype(np.float32), "Q8_0")
