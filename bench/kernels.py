@@ -1,8 +1,8 @@
 """Speed of the linear kernels by weight type and instruction set: GB/s of weights for few rows, Gop/s for many.
 
 Usage: python bench/kernels.py [--types Q4_0,Q8_0] [--isa avx512,avx2] [--threads N] [--rows N] [--columns K]
-Few rows stream 200 MB of matrices from memory; compare with the machine's bandwidth. Many rows compute; an operation is one
-multiplication or one addition. Prints a table, then one JSON line. Quote figures of a quiet machine only.
+Few rows stream 200 MB of matrices from memory; compare with the machine's bandwidth. Many rows compute; an operation is
+one multiplication or one addition. Prints a table, then one JSON line. Quote figures of a quiet machine only.
 """
 
 from __future__ import annotations
@@ -29,12 +29,7 @@ def random_matrices(ops: NativeOps, type_name: str, rows: int, columns: int, cou
         data = kind.encode(np.random.default_rng(0).standard_normal((rows, columns), np.float32))
     else:  # codes of any value, and scales that are positive and not huge in whatever field holds them
         data = np.random.default_rng(0).integers(0, 0x30, (rows, kind.row_bytes(columns)), np.uint8)
-    matrices = []
-    for i in range(count):
-        weight = ops.weight(Weight(str(i), (rows, columns), kind, data))
-        assert isinstance(weight, NativeWeight)
-        matrices.append(weight)
-    return matrices
+    return [ops.weight(Weight(str(i), (rows, columns), kind, data)) for i in range(count)]
 
 
 def seconds_each(ops: NativeOps, matrices: list[NativeWeight], tokens: int) -> float:

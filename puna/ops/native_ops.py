@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from puna import _native
 from puna.config import ModelConfig
 from puna.errors import RequestError
-from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow
+from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow, UploadedWeight
 from puna.ops.threads import default_threads
 from puna.tensor import Weight
 
@@ -64,7 +64,7 @@ class NativeOps:
         self.threads: int = self._native.threads
         self.isa: str = self._native.isa
 
-    def weight(self, weight: Weight) -> NativeWeight | Floats:
+    def weight(self, weight: Weight) -> UploadedWeight:
         if len(weight.shape) != 2:
             return np.ascontiguousarray(weight.dequantize())
         return NativeWeight(weight.name, (weight.shape[0], weight.shape[1]), weight)
