@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from puna.cli.options import SAMPLING, format_constraint
-from puna.cli.run import print_timings
+from puna.cli.timings import print_timings
 from puna.errors import PunaError, RequestError
 from puna.store.store import default_home
 

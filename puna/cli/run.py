@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,11 +18,11 @@ from puna.cli.options import (
     sampling_values,
     threads_option,
 )
+from puna.cli.timings import print_timings, timing_facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from puna.engine import Timings
     from puna.llm import Chunk
 
 
@@ -103,29 +102,6 @@ def show_answer(chunks: Iterator[Chunk], *, quiet: bool = False) -> tuple[str, C
         sys.stdout.write("\n")
         sys.stdout.flush()
     return "".join(pieces), chunk
-
-
-def timing_facts(timings: Timings, load_seconds: float) -> dict[str, Any]:
-    """Seconds, counts and rates of one answer."""
-    computed = timings.prompt_tokens - timings.cached_tokens
-    return {
-        "load_seconds": round(load_seconds, 4),
-        **{name: round(value, 4) for name, value in asdict(timings).items()},
-        "prefill_tokens_per_second": _rate(computed, timings.prefill_seconds),
-        # The first token comes out of the prefill, so decoding made one less.
-        "decode_tokens_per_second": _rate(timings.generated_tokens - 1, timings.decode_seconds),
-    }
-
-
-def print_timings(timings: Timings, load_seconds: float | None = None) -> None:
-    """The timings as lines on standard error."""
-    for name, value in timing_facts(timings, load_seconds or 0.0).items():
-        if name != "load_seconds" or load_seconds is not None:
-            click.echo(f"{name.replace('_', ' ') + ':':27}{value}", err=True)
-
-
-def _rate(tokens: int, seconds: float) -> float | None:
-    return round(tokens / seconds, 2) if tokens > 0 and seconds > 0 else None
 
 
 def _with_piped_input(prompt: str) -> str | None:
