@@ -1,6 +1,6 @@
 """Regenerates docs/puna.svg, the README's picture: real commands and their real output.
 
-    python docs/make_picture.py
+python docs/make_picture.py
 """
 
 import os

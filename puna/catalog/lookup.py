@@ -26,17 +26,17 @@ def get(name: str) -> CatalogEntry:
 
     Names are compared by their letters and digits: ``Llama-3.1-8B``, ``llama3.1-8b`` and the repository id
     ``meta-llama/Llama-3.1-8B`` are one. As in ollama, ``family:size`` means the tuned model where there is one
-    (``-text`` or ``-code`` asks for the base model), and a family alone means its smallest tuned model.
+    (``-text`` or ``-code`` asks for the base model), and a family alone means its smallest tuned model. The suffix of a
+    release without a base model may be left out: ``llama-3.3-70b``.
     """
     index = _index()
     name = name.removesuffix(":latest")
     wanted = _key(name)
-    if ":" in name:
-        base = next((name.removesuffix(tag) for tag in _UNTUNED_TAGS if name.endswith(tag)), None)
-        if base is not None:
-            wanted = _key(base)
-        else:
-            wanted = next((wanted + suffix for suffix in _TUNED if wanted + suffix in index), wanted)
+    base = next((name.removesuffix(tag) for tag in _UNTUNED_TAGS if name.endswith(tag)), None) if ":" in name else None
+    if base is not None:
+        wanted = _key(base)
+    elif ":" in name or wanted not in index:
+        wanted = next((wanted + suffix for suffix in _TUNED if wanted + suffix in index), wanted)
     if wanted in index:
         return index[wanted]
     known = [entry.name for entry in entries()]

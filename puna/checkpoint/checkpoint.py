@@ -82,9 +82,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def save_checkpoint(
-    checkpoint: Checkpoint, path: str | Path, format_name: str, weight_type: str | None = None
-) -> None:
+def save_checkpoint(checkpoint: Checkpoint, path: str | Path, format_name: str, weight_type: str | None = None) -> None:
     """Write a checkpoint. ``weight_type`` (``F32``, ``F16``, ``BF16``, ``Q8_0``, …) re-encodes the matrices.
 
     Raises CheckpointError when the format cannot hold them.

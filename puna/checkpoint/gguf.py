@@ -42,8 +42,11 @@ class GGUFFormat:
             return False
         if path.suffix == ".gguf":
             return True
-        with path.open("rb") as file:
-            return file.read(4) == MAGIC
+        try:
+            with path.open("rb") as file:
+                return file.read(4) == MAGIC
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
 
     def read(self, path: Path) -> Checkpoint:
         """Map a file, or all parts of a split one given any part. Raises CheckpointError, ConfigError."""

@@ -70,9 +70,8 @@ class MetaFormat:
             if config.tie_word_embeddings:
                 writer.add_alias(_HEAD, _EMBEDDING)
             writer.close()
-            vocabulary = checkpoint.tokenizer.to_tokenizer_model() if checkpoint.tokenizer else None
-            if vocabulary is not None:
-                (folder / "tokenizer.model").write_bytes(vocabulary)
+            if checkpoint.tokenizer is not None:
+                _write_tokenizer(folder, checkpoint.tokenizer)
 
 
 class _Layout:
@@ -191,6 +190,17 @@ def _shard_paths(path: Path) -> list[Path]:
 
 def _read_tokenizer(folder: Path) -> Tokenizer | None:
     for place in (folder, folder.resolve().parent):
-        if (place / "tokenizer.model").exists():
-            return load_tokenizer(place / "tokenizer.model")
+        for name in ("tokenizer.model", "tokenizer.json"):
+            if (place / name).exists():
+                return load_tokenizer(place / name)
     return None
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """As tokenizer.model, which Meta's code reads; a vocabulary that it cannot express, as tokenizer.json."""
+    vocabulary = tokenizer.to_tokenizer_model()
+    if vocabulary is not None:
+        (folder / "tokenizer.model").write_bytes(vocabulary)
+    else:
+        write_json(folder / "tokenizer.json", tokenizer.to_tokenizer_json())
+        write_json(folder / "tokenizer_config.json", tokenizer.to_tokenizer_config())

@@ -6,6 +6,7 @@ Importing this costs a tenth of a second, so whoever needs no constraint does no
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -68,7 +69,7 @@ class ConstraintCompiler:
     def _compile(self, kind: str, grammar: Callable[[], str]) -> Constraint:
         try:
             matcher = LLMatcher(self._tokenizer, grammar(), log_level=0)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise RequestError(f"the {kind} cannot be read: {error}") from None
         if matcher.is_error():
             raise RequestError(f"the {kind} is not valid or not supported: {_reason(matcher)}")
@@ -166,6 +167,6 @@ def _mask_words(vocab_size: int) -> int:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """What llguidance says, in one line and without the dump of its state that follows."""
-    message = str(matcher.get_error()).split("\n<state>")[0]
+    """What llguidance says, in one line and without the dump of its state or stack that follows."""
+    message = re.split("<state>|<backtrace>", str(matcher.get_error()))[0]
     return " ".join(message.split())[:400]

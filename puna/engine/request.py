@@ -79,12 +79,14 @@ class SamplingParams:
             _check_whole("logit_bias: a token id", token, 0)
             if not _is_number(value) or math.isnan(value):
                 raise RequestError(f"logit_bias of token {token} must be a number, found {value!r}")
+        if not isinstance(self.stop_token_ids, Collection):
+            raise RequestError(f"stop_token_ids must be a list of token ids, found {self.stop_token_ids!r}")
         for token in self.stop_token_ids:
             _check_whole("stop_token_ids: a token id", token, 0)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not (isinstance(stop, Collection) and all(isinstance(text, str) and text for text in stop)):
             raise RequestError(f"stop must be texts of at least one character, found {self.stop!r}")
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", tuple(stop))
 
 
 class ConstraintState(Protocol):

@@ -62,7 +62,9 @@ class LLM:
         self.tokenizer = tokenizer
         self.defaults = dict(defaults or {})
         self._chat_template = chat_template
-        context = context_length or min(model.config.max_position_embeddings, DEFAULT_CONTEXT)
+        context = context_length
+        if context is None:
+            context = min(model.config.max_position_embeddings, DEFAULT_CONTEXT)
         self.engine = Engine(
             model,
             num_blocks=_cache_blocks(model, context, explicit=context_length is not None),
@@ -148,6 +150,8 @@ class LLM:
     def sampling(self, params: SamplingParams | None = None, **overrides: Any) -> SamplingParams:
         """``params``, or the model's defaults with ``overrides``. Raises RequestError for a parameter that is none."""
         if params is not None:
+            if not isinstance(params, SamplingParams):
+                raise RequestError(f"params must be SamplingParams, found {type(params).__name__}")
             if overrides:
                 raise RequestError("give either params or single sampling parameters, not both")
             return params
@@ -189,7 +193,7 @@ class LLM:
         >>> "".join(chunk.text for chunk in llm.generate("1, 2, 3,", temperature=0, max_tokens=2, stream=True))
         ' 4'
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = _texts(prompts)
         ids = [self.tokenizer.encode(t, add_bos=self.tokenizer.add_bos, parse_special=parse_special) for t in texts]
         requests = [self._request(i, self.sampling(params, **sampling), constraint) for i in ids]
         chunks = stream_chunks(self.engine, requests, self.tokenizer)
@@ -261,9 +265,11 @@ class LLM:
         >>> llm.embed(["a cat", "a dog"]).shape
         (2, 576)
         """
-        texts = [texts] if isinstance(texts, str) else texts
-        encoded = (self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos) for text in texts)
-        return np.stack([scoring.embedding(self.model, ids) for ids in encoded])
+        encoded = [self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos) for text in _texts(texts)]
+        vectors = np.empty((len(encoded), self.config.hidden_size), np.float32)
+        for row, ids in zip(vectors, encoded, strict=True):
+            row[:] = scoring.embedding(self.model, ids)
+        return vectors
 
     def score(self, prompt: str, continuation: str) -> scoring.Score:
         """How probable ``continuation`` is after ``prompt``.
@@ -282,7 +288,16 @@ class LLM:
         return scoring.score(self.model, prompt_ids, whole[len(prompt_ids) :])
 
     def _request(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None) -> Request:
+        if constraint is not None and not hasattr(constraint, "start"):
+            raise RequestError(f"constraint must come from llm.constraints, found {type(constraint).__name__}")
         return Request(ids, params, self.eos_ids, constraint)
+
+
+def _texts(given: str | Sequence[str]) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"expected a text or a list of texts, found {repr(given)[:100]}")
+    return list(texts)
 
 
 def _cache_blocks(model: Model, context_length: int, *, explicit: bool) -> int:

@@ -63,7 +63,10 @@ def score(model: Model, prompt_ids: Sequence[int], continuation_ids: Sequence[in
 def _chunks(model: Model, ids: Sequence[int], first_row: int = 0) -> Iterator[tuple[Batch, KVCache]]:
     """One sequence in consecutive blocks, some tokens at a time; logits are wanted from position ``first_row`` on."""
     config = model.config
-    tokens = np.asarray(ids)
+    try:
+        tokens = np.asarray(ids)
+    except ValueError:  # lists of unequal lengths
+        tokens = np.empty(0)
     if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu":
         raise RequestError("expected a list of at least one token id")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:

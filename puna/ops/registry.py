@@ -12,13 +12,17 @@ OPS: dict[str, str] = {
     "native": "puna.ops.native_ops:NativeOps",
     "reference": "puna.ops.reference:ReferenceOps",
 }
+MAX_THREADS = 1024
 
 
 def make_ops(name: str | None = None, threads: int | None = None) -> Ops:
     """The ops of that name; by default the native ones, or, with a warning, the reference where they were not built.
 
-    ``threads`` defaults to the physical cores this process may use. Raises RequestError for an unknown name.
+    ``threads`` defaults to the physical cores this process may use. Raises RequestError for an unknown name, and for
+    an impossible number of threads.
     """
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise RequestError(f"threads must be from 1 to {MAX_THREADS}, found {threads}")
     if name is None:
         try:
             return make_ops("native", threads)

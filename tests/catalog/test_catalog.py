@@ -169,6 +169,8 @@ def test_the_default_model_comes_from_one_pinned_wheel(smollm2_path) -> None:
         ("tinyllama", "tinyllama-1.1b-chat"),
         ("llama3.3", "llama-3.3-70b-instruct"),
         ("llama-33b", "llama-30b"),
+        ("llama-3.3-70b", "llama-3.3-70b-instruct"),
+        ("tinyllama-1.1b", "tinyllama-1.1b-chat"),
     ],
 )
 def test_names_resolve(spelling: str, name: str) -> None:

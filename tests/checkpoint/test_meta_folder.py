@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from puna.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from puna.checkpoint.meta_pth import MetaFormat
 from puna.config import ModelConfig, RopeScaling
 from puna.errors import CheckpointError, ConfigError
+from puna.tokenizer import load_tokenizer
 
 torch = pytest.importorskip("torch")
 
@@ -181,6 +183,21 @@ def test_tokenizer_beside_or_above(folder: Path, shared_data: Path) -> None:
     beside = open_checkpoint(folder).tokenizer
     assert beside is not None
     assert above.encode("Hello world") == beside.encode("Hello world")
+
+
+def test_a_vocabulary_that_tokenizer_model_cannot_express_stays_with_the_weights(
+    tmp_path: Path, smollm2_path: Path
+) -> None:
+    tokenizer = load_tokenizer(smollm2_path)
+    assert tokenizer.to_tokenizer_model() is None
+    checkpoint = replace(tiny_checkpoint(), read_tokenizer=lambda: tokenizer)
+    save_checkpoint(checkpoint, tmp_path / "meta", "meta")
+    again = open_checkpoint(tmp_path / "meta").tokenizer
+    assert again is not None
+    text = "Hello  world, 2024 😀"
+    assert again.encode(text) == tokenizer.encode(text)
+    assert (again.bos_id, again.eos_id, again.add_bos) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos)
+    assert again.special_tokens == tokenizer.special_tokens
 
 
 # --- folders that are wrong -------------------------------------------------------------------------------------------

@@ -113,6 +113,15 @@ def test_mistakes(llm: LLM, smollm2_path: Path, tmp_path: Path) -> None:
         llm.generate("x", puna.SamplingParams(), temperature=1)
     with pytest.raises(RequestError, match="empty"):
         llm.generate("")
+    for prompts in (5, None, [1, 2], [[1, 2]], b"bytes"):
+        with pytest.raises(RequestError, match="a text or a list of texts"):
+            llm.generate(prompts)
+        with pytest.raises(RequestError, match="a text or a list of texts"):
+            llm.embed(prompts)
+    with pytest.raises(RequestError, match="SamplingParams, found dict"):
+        llm.generate("x", {"temperature": 0})
+    with pytest.raises(RequestError, match="list of at least one token id"):
+        llm.logits([[1], [2, 3]])
     with pytest.raises(RequestError, match="0 to 49151"):
         llm.logits([49152])
     with pytest.raises(RequestError):
@@ -125,6 +134,16 @@ def test_mistakes(llm: LLM, smollm2_path: Path, tmp_path: Path) -> None:
         LLM(llm.model, llm.tokenizer, context_length=2**40)
     with pytest.raises(RequestError, match="unknown ops"):
         LLM.load(smollm2_path, ops="gpu")
+    for threads in (0, -1, 10**6):
+        with pytest.raises(RequestError, match=f"threads must be from 1 to 1024, found {threads}"):
+            LLM.load(smollm2_path, threads=threads)
+    with pytest.raises(RequestError, match="context_length must be at least 1, found 0"):
+        LLM(llm.model, llm.tokenizer, context_length=0)
+
+
+def test_nothing_asked_nothing_answered(llm: LLM) -> None:
+    assert llm.generate([]) == list(llm.generate([], stream=True)) == []
+    assert llm.embed([]).shape == (0, 576)
 
 
 def test_documentation_examples(llm: LLM, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
