@@ -13,10 +13,13 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
 _LAZY = {"LLM": "puna.llm", "SamplingParams": "puna.engine.request"}
+_ROOMS = ("catalog", "model", "tokenizer")
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported on first use, so that ``import puna`` stays fast."""
+    """Public names, and the rooms that scripts use, are imported on first use, so that ``import puna`` stays fast."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in _ROOMS:
+        return import_module(f"puna.{name}")
     raise AttributeError(f"module 'puna' has no attribute {name!r}")

@@ -85,3 +85,13 @@ def test_importing_loads_no_torch(module: str) -> None:
 def test_importing_puna_is_light() -> None:
     code = f"import sys, puna; sys.exit(any(m in sys.modules for m in {HEAVY!r}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_scripts_use_needs_no_second_import() -> None:
+    code = """
+import puna
+config = puna.catalog.get("llama-3.1-8b").config
+assert puna.model.shapes.parameter_count(config) == 8_030_261_248
+assert callable(puna.tokenizer.load_tokenizer) and callable(puna.LLM.load) and puna.SamplingParams(seed=1)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

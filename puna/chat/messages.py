@@ -75,7 +75,8 @@ def parse_messages(messages: Sequence[Message | Mapping[str, Any]]) -> list[Mess
         raise RequestError(f"messages must be a list of messages, found {type(messages).__name__}")
     if not messages:
         raise RequestError("messages is empty; a conversation needs at least one message")
-    return [m if isinstance(m, Message) else Message.from_dict(m, i) for i, m in enumerate(messages)]
+    raw = [message.to_dict() if isinstance(message, Message) else message for message in messages]
+    return [Message.from_dict(message, i) for i, message in enumerate(raw)]
 
 
 def _content(raw: Any, where: str) -> str | list[dict[str, Any]] | None:

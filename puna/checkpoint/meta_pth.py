@@ -26,6 +26,7 @@ from puna.errors import CheckpointError
 from puna.tensor import Weight
 from puna.tokenizer import Tokenizer, load_tokenizer
 
+_RELEASED_VOCABULARIES = (32000, 32016, 128256)  # Llama 1 and 2, Code Llama, Llama 3
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
 _SPLIT_BY_INPUT = ("attention.wo.weight", "feed_forward.w2.weight")
 
@@ -47,7 +48,7 @@ class MetaFormat:
         layout = _Layout(shards, read_json(params_path))
         check_tensors(layout.config, {name: layout.shapes[layout.meta[name]] for name in layout.meta}, str(path))
         return Checkpoint(
-            config=layout.config,
+            config=_with_token_ids(layout.config, folder),
             tensors=_MetaTensors(layout),
             read_tokenizer=partial(_read_tokenizer, folder),
             description={"name": folder.resolve().name},
@@ -194,6 +195,17 @@ def _read_tokenizer(folder: Path) -> Tokenizer | None:
             if (place / name).exists():
                 return load_tokenizer(place / name)
     return None
+
+
+def _with_token_ids(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The format has no place for special ids. Those of a vocabulary that no release has are known to its tokenizer."""
+    if config.vocab_size in _RELEASED_VOCABULARIES:
+        return config
+    tokenizer = _read_tokenizer(folder)
+    if tokenizer is None:
+        return config
+    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    return replace(config, bos_token_id=tokenizer.bos_id, eos_token_ids=eos, pad_token_id=tokenizer.pad_id)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import click
 import psutil
@@ -85,7 +86,8 @@ def _native() -> Finding:
 
         native = NativeOps()
     except ImportError as error:
-        return Finding("native ops", f"not available ({error})", "install a C++ compiler, then reinstall puna")
+        found = f"do not load ({error})" if find_spec("puna._native") else "not built"
+        return Finding("native ops", found, "install a C++ compiler, then reinstall puna")
     random = np.random.default_rng(0)
     weight = Weight.from_array("check", random.standard_normal((48, 64), np.float32), "Q8_0")
     x = random.standard_normal((3, 64), np.float32)

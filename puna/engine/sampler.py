@@ -59,7 +59,7 @@ def uniform(stream: int, index: int) -> float:
     A token's number depends on its request's seed and its place alone, whatever else runs and however often it is
     computed again.
     """
-    return (mix64((stream + index * 0x9E3779B97F4A7C15) & MASK64) >> 11) * 2.0**-53
+    return (mix64((stream + (index + 1) * 0x9E3779B97F4A7C15) & MASK64) >> 11) * 2.0**-53
 
 
 def mix64(z: int) -> int:

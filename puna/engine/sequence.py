@@ -10,7 +10,10 @@ from puna.engine.sampler import Sampler
 from puna.errors import RequestError
 from puna.ops.protocol import Sampled, SamplingRow
 
-NO_TOKEN = "no token may be chosen: constraint, logit_bias, min_tokens and ignore_eos forbid all that the model scores"
+NO_TOKEN = (
+    "no token may be chosen: constraint, logit_bias, min_tokens and ignore_eos forbid all that the model scores, "
+    "or its scores are not numbers (damaged weights)"
+)
 
 
 class Sequence:

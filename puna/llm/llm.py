@@ -193,9 +193,8 @@ class LLM:
         >>> "".join(chunk.text for chunk in llm.generate("1, 2, 3,", temperature=0, max_tokens=2, stream=True))
         ' 4'
         """
-        texts = _texts(prompts)
-        ids = [self.tokenizer.encode(t, add_bos=self.tokenizer.add_bos, parse_special=parse_special) for t in texts]
-        requests = [self._request(i, self.sampling(params, **sampling), constraint) for i in ids]
+        encoded = [self._encode(text, parse_special) for text in _texts(prompts)]
+        requests = [self._request(ids, self.sampling(params, **sampling), constraint) for ids in encoded]
         chunks = stream_chunks(self.engine, requests, self.tokenizer)
         if stream:
             return chunks
@@ -286,6 +285,12 @@ class LLM:
         prompt_ids = self.tokenizer.encode(stripped, add_bos=self.tokenizer.add_bos)
         whole = self.tokenizer.encode(stripped + continuation, add_bos=self.tokenizer.add_bos)
         return scoring.score(self.model, prompt_ids, whole[len(prompt_ids) :])
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        ids = self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos, parse_special=parse_special)
+        if ids[:2] == [self.tokenizer.bos_id] * 2:  # the text spells the one that would be put before it
+            del ids[0]
+        return ids
 
     def _request(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None) -> Request:
         if constraint is not None and not hasattr(constraint, "start"):

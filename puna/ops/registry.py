@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 
 from puna.errors import RequestError
 from puna.ops.protocol import Ops
@@ -27,8 +28,9 @@ def make_ops(name: str | None = None, threads: int | None = None) -> Ops:
         try:
             return make_ops("native", threads)
         except ImportError as error:
+            reason = f"does not load ({error})" if find_spec("puna._native") else "was not built"
             warnings.warn(
-                f"Puna's native extension is not available ({error}); running on the slow reference ops. "
+                f"Puna's native extension {reason}; running on the slow reference ops. "
                 "Install a C++ compiler and reinstall puna for full speed.",
                 stacklevel=2,
             )

@@ -237,9 +237,10 @@ def _build_library(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
 
 
 def _unigram_model(vocabulary: Vocabulary, visible: set[int]) -> models.Unigram:
-    # The model wants one row for each id. A hidden one gets a name with a space, which normalized text never holds.
+    # The model wants one row for each id. One that no text may spell (the unknown token is one, too) gets a name with a
+    # space, which normalized text never holds.
     rows = [
-        (piece if i in visible else f" {i}", score)
+        (piece if i in visible and i != vocabulary.unk_id else f" {i}", score)
         for i, (piece, score) in enumerate(zip(vocabulary.pieces, vocabulary.scores, strict=True))
     ]
     return models.Unigram(rows, unk_id=vocabulary.unk_id, byte_fallback=vocabulary.byte_fallback)

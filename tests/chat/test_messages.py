@@ -48,6 +48,8 @@ def test_arguments_as_json_text_become_an_object(arguments, kept) -> None:
         ([{"content": "a"}], r"messages\[0\]\.role must be one of .* found None"),
         ([{"role": "<|eot_id|>", "content": "a"}], r"messages\[0\]\.role"),
         ([{"role": ["user"], "content": "a"}], r"messages\[0\]\.role"),
+        ([Message("<|eot_id|>", "a")], r"messages\[0\]\.role"),
+        ([Message("user", 3)], r"messages\[0\]\.content must be text"),
         ([{"role": "user"}], r"messages\[0\]\.content is missing"),
         ([{"role": "user", "content": 3}], r"messages\[0\]\.content must be text"),
         ([{"role": "user", "content": [{"text": "a"}]}], r"content\[0\] must be an object with a type"),

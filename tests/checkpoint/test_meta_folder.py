@@ -200,6 +200,16 @@ def test_a_vocabulary_that_tokenizer_model_cannot_express_stays_with_the_weights
     assert again.special_tokens == tokenizer.special_tokens
 
 
+def test_an_ordinary_token_of_another_vocabulary_ends_nothing(tmp_path: Path, shared_data: Path) -> None:
+    """Once, id 2 ended an answer in every Meta folder, though only Llama 1 and 2 have their end token there."""
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "tiktoken_small.model")
+    config = tiny_config(vocab_size=tokenizer.vocab_size)
+    checkpoint = replace(tiny_checkpoint(config), read_tokenizer=lambda: tokenizer)
+    save_checkpoint(checkpoint, tmp_path / "meta", "meta")
+    found = open_checkpoint(tmp_path / "meta").config
+    assert (found.bos_token_id, found.eos_token_ids) == (2000, (2001,))
+
+
 # --- folders that are wrong -------------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,8 @@ class TestMistakes:
         [
             ("regex", "a(", "unclosed group"),
             ("regex", "(" * 5000, "regular expression is not valid"),
+            ("regex", None, "cannot be read"),
+            ("lark", "start: <|nosuchtoken|>", "^((?!backtrace).)*$"),
             ("lark", "start: nowhere", "nowhere"),
             ("lark", "", "grammar"),
             ("json_schema", {"type": "nope"}, "nope"),

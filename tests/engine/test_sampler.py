@@ -20,7 +20,12 @@ def row(num_generated: int = 2, eos_ids: tuple[int, ...] = (), **params: Any) ->
 def test_uniform_is_splitmix64() -> None:
     """The first outputs for state 0, as published for Java's SplittableRandom and the xoshiro generators."""
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
-    assert [uniform(0, i) for i in range(1, 5)] == [(x >> 11) / 2**53 for x in published]
+    assert [uniform(0, i) for i in range(4)] == [(x >> 11) / 2**53 for x in published]
+
+
+def test_seed_0_is_no_special_case() -> None:
+    """Its first number was exactly 0, so that every answer with this seed began with the most probable token."""
+    assert row(0, seed=0).uniform > 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1, -1, 2**80])

@@ -120,6 +120,8 @@ def test_mistakes(llm: LLM, smollm2_path: Path, tmp_path: Path) -> None:
             llm.embed(prompts)
     with pytest.raises(RequestError, match="SamplingParams, found dict"):
         llm.generate("x", {"temperature": 0})
+    with pytest.raises(RequestError, match=r"llm\.constraints, found str"):
+        llm.generate("x", constraint="[0-9]+")
     with pytest.raises(RequestError, match="list of at least one token id"):
         llm.logits([[1], [2, 3]])
     with pytest.raises(RequestError, match="0 to 49151"):
@@ -139,6 +141,16 @@ def test_mistakes(llm: LLM, smollm2_path: Path, tmp_path: Path) -> None:
             LLM.load(smollm2_path, threads=threads)
     with pytest.raises(RequestError, match="context_length must be at least 1, found 0"):
         LLM(llm.model, llm.tokenizer, context_length=0)
+
+
+def test_a_prompt_that_spells_bos_has_it_once(shared_data: Path) -> None:
+    with LLM.load(shared_data / "weights" / "stories260K" / "stories260K.gguf") as stories:
+        plain = stories.generate("Once upon", temperature=0, max_tokens=1)
+        spelled = stories.generate("<s>Once upon", temperature=0, max_tokens=1, parse_special=True)
+        quoted = stories.generate("<s>Once upon", temperature=0, max_tokens=1)
+        assert plain.prompt_ids[:1] == spelled.prompt_ids[:1] == quoted.prompt_ids[:1] == [1]
+        assert spelled.prompt_ids.count(1) == quoted.prompt_ids.count(1) == 1
+        assert spelled.prompt_ids == plain.prompt_ids != quoted.prompt_ids
 
 
 def test_nothing_asked_nothing_answered(llm: LLM) -> None:

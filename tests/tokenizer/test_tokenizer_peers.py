@@ -114,7 +114,17 @@ def test_llama4_is_tiktoken(text: str, llama4: Tokenizer, tokenizer_data: Path) 
 def test_unigram_is_sentencepiece(tokenizer_data: Path, shared_data: Path) -> None:
     path = tokenizer_data / "sentencepiece.model"
     peer, ours = sentencepiece_peer(path.read_bytes()), load_tokenizer(path)
-    texts = ["", " ", "  two  spaces ", "Ünïcödé", "ﬁne ２", "tabs\tand\nlines", "<pad></s>", "unknown 🦙🦙 runs"]
+    texts = [
+        "",
+        " ",
+        "  two  spaces ",
+        "Ünïcödé",
+        "ﬁne ２",
+        "tabs\tand\nlines",
+        "<pad></s>",
+        "b <unk>",
+        "unknown 🦙🦙 runs",
+    ]
     for text in texts:
         assert ours.encode(text) == peer.encode(text), text
 
