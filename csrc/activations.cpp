@@ -1,8 +1,5 @@
 #include "activations.hpp"
 
-#include <cstdlib>
-#include <new>
-
 #include "threadpool.hpp"
 
 namespace puna::PUNA_ISA {
@@ -12,6 +9,16 @@ constexpr int64_t kInlineValues = 32768;  // up to so many, waking the pool cost
 constexpr float kSmallest = 1e-30f;       // below, 127 / magnitude may overflow; such a group is taken as zero
 
 constexpr int halves(int correction) { return correction == kHalfZero128 || correction == kHalfSum ? 2 : 1; }
+
+// Bytes that one token takes of a tile.
+int64_t token_bytes(int64_t columns, bool floats, bool quantized, unsigned corrections) {
+  const int64_t groups = columns / kGroup;
+  int64_t bytes = floats ? 4 * columns : 0;
+  if (quantized) bytes += kGroup * groups + 4 * groups;
+  for (int c = 0; quantized && c < kCorrections; c++)
+    if (corrections >> c & 1) bytes += 4 * halves(c) * groups;
+  return bytes;
+}
 
 struct Group {
   int8_t values[kGroup];
@@ -50,22 +57,18 @@ inline Group quantize(const float* x) {
 
 Activations::Activations(ThreadPool& pool, const float* x, int64_t tokens, int64_t columns, bool floats, bool quantized,
                          unsigned corrections)
-    : tokens_(tokens), columns_(columns), groups_(columns / kGroup), floats_(floats), quantized_(quantized), corrections_(corrections) {
-  token_bytes_ = floats_ ? 4 * columns_ : 0;
-  if (quantized_) {
-    token_bytes_ += kGroup * groups_ + 4 * groups_;
-    for (int c = 0; c < kCorrections; c++)
-      if (corrections_ >> c & 1) token_bytes_ += 4 * halves(c) * groups_;
-  }
-  const int64_t bytes = tiles() * kMostTokens * token_bytes_;
-  memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
-  if (!memory_) throw std::bad_alloc();
+    : tokens_(tokens),
+      columns_(columns),
+      groups_(columns / kGroup),
+      floats_(floats),
+      quantized_(quantized),
+      corrections_(corrections),
+      token_bytes_(token_bytes(columns, floats, quantized, corrections)),
+      memory_(tiles() * kMostTokens * token_bytes_) {
   pool.run(tiles(), tokens * columns <= kInlineValues ? tiles() : 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; i++) fill(x, i);
   });
 }
-
-Activations::~Activations() { std::free(memory_); }
 
 int Activations::width_index(int64_t i) const {
   int index = 0;
@@ -75,7 +78,7 @@ int Activations::width_index(int64_t i) const {
 
 Tile Activations::tile(int64_t i) const {
   const int64_t width = kWidths[width_index(i)];
-  const uint8_t* p = memory_ + i * kMostTokens * token_bytes_;
+  const uint8_t* p = memory_.data + i * kMostTokens * token_bytes_;
   Tile tile{};
   if (floats_) tile.floats = reinterpret_cast<const float*>(p), p += 4 * columns_ * width;
   if (!quantized_) return tile;

@@ -8,6 +8,7 @@
 // and, where a target has float weights, the floats themselves as [columns][W]. Tokens that pad a tile are zero.
 #pragma once
 
+#include "buffer.hpp"
 #include "panel.hpp"
 #include "simd.hpp"
 
@@ -50,9 +51,6 @@ class Activations {
  public:
   // `corrections` is a set of 1 << Correction. Keeps no reference to x.
   Activations(ThreadPool& pool, const float* x, int64_t tokens, int64_t columns, bool floats, bool quantized, unsigned corrections);
-  ~Activations();
-  Activations(const Activations&) = delete;
-  Activations& operator=(const Activations&) = delete;
 
   int64_t tiles() const { return (tokens_ + kMostTokens - 1) / kMostTokens; }
   // Tokens of tile i, and the index in kWidths of the width they are padded to.
@@ -67,7 +65,7 @@ class Activations {
   bool floats_, quantized_;
   unsigned corrections_;
   int64_t token_bytes_;
-  uint8_t* memory_;
+  Buffer<uint8_t> memory_;
 };
 
 }  // namespace puna::PUNA_ISA

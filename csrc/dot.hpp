@@ -16,7 +16,11 @@
 
 namespace puna::PUNA_ISA {
 
+#if defined(__clang__)
+#define PUNA_UNROLL _Pragma("unroll")
+#else
 #define PUNA_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 #if defined(__AVX512VNNI__)
 
@@ -119,8 +123,10 @@ inline Bytes splat_quad(const int8_t* p) { return bit_cast<Bytes>(splat_int(bit_
 inline Bytes low_nibbles(Bytes v) { return v & 15; }
 inline Bytes high_nibbles(Bytes v) { return v >> 4; }
 inline Bytes look_up(Bytes index) {  // table values + 128
-  for (int i = 0; i < 16; i++) index[i] = uint8_t(kIq4Values[index[i]] + 128);
-  return index;
+  uint8_t bytes[16];
+  std::memcpy(bytes, &index, 16);
+  for (uint8_t& byte : bytes) byte = uint8_t(kIq4Values[byte] + 128);
+  return load_bytes(bytes);
 }
 inline Vec load_signed(const int8_t* p) { return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 inline Vec load_unsigned(const uint8_t* p) { return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
