@@ -218,14 +218,16 @@ nb::list sample(Native& native, const ConstFloats& logits, const nb::sequence& r
 
 }  // namespace
 
+// What is written to must be the caller's own array, never a converted copy.
 void bind_rest(nb::class_<Native>& native) {
   native
-      .def("decode_rows", &decode_rows, nb::arg("type"), nb::arg("source"), nb::arg("index").none(), nb::arg("out"))
-      .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"))
-      .def("rope", &rope, nb::arg("x"), nb::arg("cosines"), nb::arg("sines"))
-      .def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out"))
+      .def("decode_rows", &decode_rows, nb::arg("type"), nb::arg("source"), nb::arg("index").none(), nb::arg("out").noconvert())
+      .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out").noconvert())
+      .def("rope", &rope, nb::arg("x").noconvert(), nb::arg("cosines"), nb::arg("sines"))
+      .def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out").noconvert())
       .def_static("kv_shapes", &kv_shapes, nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("kv_heads"), nb::arg("head_dim"))
-      .def("attend", &attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("keys"), nb::arg("values"),
+      .def("attend", &attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out").noconvert(), nb::arg("keys").noconvert(),
+           nb::arg("values").noconvert(),
            nb::arg("positions"), nb::arg("slots"), nb::arg("seq_starts"), nb::arg("block_tables"))
       .def("sample", &sample, nb::arg("logits"), nb::arg("rows"));
 }

@@ -24,8 +24,8 @@ class ResolvedModel:
 def resolve(name_or_path: str | os.PathLike[str], store: Store | None = None) -> ResolvedModel:
     """Find a model by name, or by the path of a .gguf file or checkpoint folder.
 
-    An existing path wins when it has a separator or a weights file's suffix; everything else is a name in the store.
-    Raises StoreError when there is neither, saying how to get the model or which names are near.
+    An existing path wins when it has a separator or a weights file's suffix; everything else is a name in the store, or
+    else a folder here. Raises StoreError when there is neither, saying how to get the model or which names are near.
     """
     path = existing_path(name_or_path)
     if path is not None:
@@ -34,9 +34,9 @@ def resolve(name_or_path: str | os.PathLike[str], store: Store | None = None) ->
     store = store or Store()
     try:
         manifest = store.find(text)
-    except StoreError as error:
+    except StoreError:
         if os.path.exists(text):
-            raise StoreError(f"{error} (for the folder or file of that name here, write ./{text})") from None
+            return ResolvedModel(Path(text), None)
         raise
     return ResolvedModel(store.path_of(manifest), manifest)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from puna.errors import CheckpointError
 
-Codec = Callable[[NDArray], NDArray]
+Codec = Callable[[NDArray[Any]], NDArray[Any]]
 
 _NUMBERS_AT_ONCE = 1 << 17
 
@@ -77,12 +78,12 @@ class QuantType:
             raise CheckpointError(f"{self.name} can be read but not written; choose another type")
         return codec
 
-    def _apply(self, codec: Codec, blocks: NDArray, dtype: type, width: int) -> NDArray:
+    def _apply(self, codec: Codec, blocks: NDArray[Any], dtype: type, width: int) -> NDArray[Any]:
         """The codec over slices of the blocks, so that its temporaries stay in the processor's cache."""
         step = _NUMBERS_AT_ONCE // self.block_size
         if self.block_size == 1 or len(blocks) <= step:
             return codec(blocks)
-        out: NDArray = np.empty((len(blocks), width), dtype)
+        out: NDArray[Any] = np.empty((len(blocks), width), dtype)
         for start in range(0, len(blocks), step):
             out[start : start + step] = codec(blocks[start : start + step])
         return out

@@ -34,7 +34,7 @@ class Weight:
             )
 
     @classmethod
-    def from_array(cls, name: str, values: NDArray, type_name: str = "F32") -> Weight:
+    def from_array(cls, name: str, values: NDArray[np.floating], type_name: str = "F32") -> Weight:
         """Encode a float array. Raises CheckpointError when the type has no encoder or the row length does not fit."""
         kind = quant_type(type_name)
         return cls(name, tuple(values.shape), kind, kind.encode(np.asarray(values, dtype=np.float32)))

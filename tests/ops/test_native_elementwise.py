@@ -79,3 +79,12 @@ def test_wrong_shapes_are_refused(ops):
         ops.rope(x, np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32))
     with pytest.raises(ValueError, match="swiglu"):
         ops.swiglu(x, x, np.zeros((2, 7), np.float32))
+
+
+def test_outputs_are_never_copies(ops):
+    """A float64 array to write to would silently be converted, and the result lost."""
+    x = np.ones((2, 8), np.float32)
+    with pytest.raises(TypeError):
+        ops.rms_norm(x, np.ones(8, np.float32), 1e-5, np.zeros((2, 8)))
+    with pytest.raises(TypeError):
+        ops.rope(np.ones((2, 8)), np.ones((2, 4), np.float32), np.ones((2, 4), np.float32))
