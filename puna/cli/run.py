@@ -60,6 +60,8 @@ def run(
     from puna.llm import LLM
 
     text = _with_piped_input(" ".join(prompt))
+    if text is None and not _on_a_terminal():
+        raise click.UsageError("there is no prompt, and no terminal to chat on")
     started = time.perf_counter()
     llm = LLM.load(model, context_length=context_length, threads=threads, ops=ops)
     load_seconds = time.perf_counter() - started
@@ -104,7 +106,11 @@ def show_answer(chunks: Iterator[Chunk], *, quiet: bool = False) -> tuple[str, C
     return "".join(pieces), chunk
 
 
+def _on_a_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def _with_piped_input(prompt: str) -> str | None:
     """The prompt and what is piped in, or None when there is neither."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip("\n")
+    piped = "" if sys.stdin is None or _on_a_terminal() else sys.stdin.read().strip("\n")
     return "\n\n".join(part for part in (prompt, piped) if part) or None

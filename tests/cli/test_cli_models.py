@@ -89,6 +89,7 @@ def test_mistakes_get_one_sentence(stored, tmp_path: Path) -> None:
 def test_misuse_exits_with_2(puna) -> None:
     assert puna("run").code == 2
     assert puna("nonsense").code == 2
+    assert "no terminal to chat on" in puna("run", "smollm2").err
     assert "0.1.0" in puna("--version").out
     assert "convert" in puna("--help").out
     assert json.loads(puna("list", "--json").out) == []
