@@ -90,12 +90,14 @@ class ReferenceOps:
             context = np.arange(batch.context_lens[s])
             slots = batch.block_tables[s, context // kv.block_size] * kv.block_size + context % kv.block_size
             visible = context <= batch.positions[start:end, None]
-            queries = q[start:end].reshape(end - start, groups, -1, head_dim)
-            scores = np.einsum("tghd,cgd->ghtc", queries, keys[slots]) / np.float32(np.sqrt(head_dim))
+            # [groups, heads of a group, tokens, head_dim] against [groups, 1, context, head_dim]
+            queries = q[start:end].reshape(end - start, groups, -1, head_dim).transpose(1, 2, 0, 3)
+            context_keys, context_values = (x[slots].transpose(1, 0, 2)[:, None] for x in (keys, values))
+            scores = queries @ context_keys.swapaxes(-1, -2) / np.float32(np.sqrt(head_dim))
             scores = np.where(visible, scores, -np.inf)
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             weights /= weights.sum(axis=-1, keepdims=True)
-            out[start:end] = np.einsum("ghtc,cgd->tghd", weights, values[slots]).reshape(end - start, -1)
+            out[start:end] = (weights @ context_values).transpose(2, 0, 1, 3).reshape(end - start, -1)
         return out
 
     def swiglu(self, gate: Floats, up: Floats) -> Floats:
