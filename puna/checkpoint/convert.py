@@ -70,7 +70,7 @@ class _Watched(Mapping[str, Weight]):
 
 def _check_replaceable(source: Path, destination: Path, overwrite: bool) -> None:
     if not overwrite:
-        raise CheckpointError(f"{destination} exists already; choose another name or ask to overwrite it")
+        raise CheckpointError(f"{destination} exists already; choose another name, or overwrite it (--force)")
     resolved = source.resolve()
     if destination.resolve() in (resolved, *resolved.parents):
         raise CheckpointError(f"{destination} holds what is being converted; choose another name")

@@ -59,6 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     except PunaError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
+    except MemoryError:
+        click.echo("Error: not enough memory; choose a smaller --context-length or a smaller model", err=True)
+        sys.exit(1)
     except BrokenPipeError:
         # The reader went away (puna list | head); leave quietly, also when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

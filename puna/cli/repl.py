@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from puna.chat.messages import parse_messages
 from puna.cli.options import SAMPLING, format_constraint
 from puna.cli.timings import print_timings
 from puna.errors import PunaError, RequestError
+from puna.store.disk import disk_errors, write_text
 from puna.store.store import default_home
 
 if TYPE_CHECKING:
@@ -136,8 +138,8 @@ class Repl:
             self._show_facts(arguments[0] if arguments else "")
         elif command == "/save" and arguments:
             path = _session_path(arguments[0])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self._state(), indent=1, ensure_ascii=False), encoding="utf-8")
+            with disk_errors(path):
+                write_text(path, json.dumps(self._state(), indent=1, ensure_ascii=False))
             click.echo(f"Saved the conversation as {arguments[0]}; `/load {arguments[0]}` brings it back.")
         elif command == "/load" and arguments:
             self._load(arguments[0])
@@ -203,7 +205,8 @@ class Repl:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             model, messages = state["model"], state["messages"]
-        except (OSError, ValueError, KeyError, TypeError):
+            parse_messages(messages or [{"role": "user", "content": ""}])
+        except (OSError, ValueError, KeyError, TypeError, RequestError):
             raise RequestError(f"the saved conversation {path} is damaged; remove it") from None
         if model != self.model:
             self._load_model(model)
@@ -223,7 +226,8 @@ def terminal_reader() -> Callable[[str], str]:
     from prompt_toolkit.history import FileHistory
 
     home = default_home()
-    home.mkdir(parents=True, exist_ok=True)
+    with disk_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
     session: PromptSession[str] = PromptSession(history=FileHistory(str(home / "history")))
     return session.prompt
 

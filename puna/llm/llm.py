@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -81,7 +81,6 @@ class LLM:
         context_length: int | None = None,
         threads: int | None = None,
         ops: str | None = None,
-        on_tensor: Callable[[str], None] | None = None,
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
@@ -98,7 +97,7 @@ class LLM:
             )
         manifest = found.manifest
         return cls(
-            Model.bind(make_ops(ops, threads), checkpoint.config, checkpoint.tensors, on_tensor),
+            Model.bind(make_ops(ops, threads), checkpoint.config, checkpoint.tensors),
             tokenizer,
             chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
             system=manifest.system if manifest else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from puna.config import ModelConfig
@@ -20,19 +20,9 @@ class Model:
     weights: llama.Weights
 
     @classmethod
-    def bind(
-        cls,
-        ops: Ops,
-        config: ModelConfig,
-        tensors: Mapping[str, Weight],
-        on_tensor: Callable[[str], None] | None = None,
-    ) -> Model:
-        """Upload every tensor. ``on_tensor`` is called with each name, for progress."""
-        uploaded = {}
-        for name, weight in tensors.items():
-            uploaded[name] = ops.weight(weight)
-            if on_tensor:
-                on_tensor(name)
+    def bind(cls, ops: Ops, config: ModelConfig, tensors: Mapping[str, Weight]) -> Model:
+        """Upload every tensor (Hugging Face names)."""
+        uploaded = {name: ops.weight(weight) for name, weight in tensors.items()}
         return cls(ops, config, llama.bind(config, uploaded))
 
     def forward(self, batch: Batch, kv: KVCache) -> Array:

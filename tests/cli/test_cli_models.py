@@ -86,6 +86,14 @@ def test_mistakes_get_one_sentence(stored, tmp_path: Path) -> None:
     assert not (tmp_path / "x.gguf").exists()
 
 
+def test_no_memory_is_told_in_one_sentence(puna, monkeypatch) -> None:
+    def exhausted(self) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("puna.store.Store.models", exhausted)
+    errors_are_one_sentence(puna("list"))
+
+
 def test_misuse_exits_with_2(puna) -> None:
     assert puna("run").code == 2
     assert puna("nonsense").code == 2

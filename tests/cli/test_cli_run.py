@@ -148,6 +148,11 @@ def test_conversations_are_saved_and_loaded(llm: LLM, home: Path, capsys) -> Non
     assert "user: Hello!" in capsys.readouterr().out
     assert converse(llm, ["Hello!", "/clear"]).messages == []
 
+    for damaged in ('{"model": "smollm2", "messages": 5}', '{"model": "smollm2"}', "{", "[]"):
+        (home / "sessions" / "talk.json").write_text(damaged)
+        assert converse(llm, ["/load talk"]).messages == []
+        assert "is damaged" in capsys.readouterr().err
+
 
 def test_mistakes_in_the_conversation_are_told_and_survived(llm: LLM, home: Path, capsys) -> None:
     lines = ["/nonsense", "/set parameter temperature warm", "/set parameter warmth 3", "/set parameter top_p 7"]
