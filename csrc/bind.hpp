@@ -29,7 +29,15 @@ inline void check(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
 }
 
+// The key/value cache of all layers. Keeps its buffer alive, which may be anyone's memory.
+struct Cache {
+  CacheLayout layout;
+  Array<uint8_t, 1> buffer;
+
+  uint8_t* layer(int i) const { return buffer.data() + i * layout.layer_bytes; }
+};
+
 // bind_rest.cpp: everything but the linear layers.
-void bind_rest(nb::class_<Native>& native);
+void bind_rest(nb::module_& m, nb::class_<Native>& native);
 
 }  // namespace puna

@@ -69,18 +69,9 @@ void swiglu(Native& native, const ConstFloats& gate, const ConstFloats& up, cons
   native.kernels->swiglu(native.pool, g, u, int64_t(tokens), int64_t(columns), to);
 }
 
-int64_t padded(int64_t n) { return (n + kCachePad - 1) / kCachePad * kCachePad; }
-
-// Shapes of one layer's keys and values, as uint16 (float16 bits), which start as zeros.
-nb::tuple kv_shapes(int64_t num_blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim) {
-  check(num_blocks > 0 && block_size > 0 && kv_heads > 0 && head_dim > 0, "kv_shapes: all numbers must be positive");
-  return nb::make_tuple(nb::make_tuple(num_blocks, kv_heads, head_dim, padded(block_size)),
-                        nb::make_tuple(num_blocks, kv_heads, block_size, padded(head_dim)));
-}
-
 // Slots and block tables lead to memory: each must lie within the cache.
 void check_batch(const AttendArgs& a) {
-  const int64_t slots = a.num_blocks * a.block_size;
+  const int64_t block_size = a.layout->block_size, slots = a.layout->num_blocks * block_size;
   check(a.seq_starts[0] == 0 && a.seq_starts[a.sequences] == a.tokens, "attend: seq_starts don't cover the tokens");
   for (int64_t s = 0; s < a.sequences; ++s) {
     check(a.seq_starts[s] <= a.seq_starts[s + 1], "attend: seq_starts must not fall");
@@ -89,27 +80,25 @@ void check_batch(const AttendArgs& a) {
       check(a.positions[t] >= 0 && a.slots[t] >= 0 && a.slots[t] < slots, "attend: a position or slot is out of range");
       context = a.positions[t] + int64_t(1) > context ? a.positions[t] + int64_t(1) : context;
     }
-    const int64_t blocks = (context + a.block_size - 1) / a.block_size;
+    const int64_t blocks = (context + block_size - 1) / block_size;
     check(blocks <= a.max_blocks, "attend: a position lies beyond the block table");
     for (int64_t b = 0; b < blocks; ++b) {
       const int32_t block = a.block_tables[s * a.max_blocks + b];
-      check(block >= 0 && block < a.num_blocks, "attend: a block table names a block that does not exist");
+      check(block >= 0 && block < a.layout->num_blocks, "attend: a block table names a block that does not exist");
     }
   }
 }
 
-// q [T, H d], k and v [T, G d], one layer's cache (kv_shapes) -> out [T, H d]
-void attend(Native& native, const ConstFloats& q, const ConstFloats& k, const ConstFloats& v, const Floats& out,
-            const Array<uint16_t, 4>& keys, const Array<uint16_t, 4>& values, const Ints& positions, const Ints& slots,
-            const Ints& seq_starts, const Array<const int32_t, 2>& block_tables) {
-  const size_t tokens = q.shape(0), kv_heads = keys.shape(1), head_dim = keys.shape(2), block_size = values.shape(2);
-  check(kv_heads > 0 && head_dim > 0 && block_size > 0 && q.shape(1) > 0 && q.shape(1) % (kv_heads * head_dim) == 0,
-        "attend: q's width is not a multiple of kv heads times head_dim");
-  check(has_shape(k, tokens, kv_heads * head_dim) && has_shape(v, tokens, kv_heads * head_dim) && has_shape(out, tokens, q.shape(1)),
+// q [T, H d], k and v [T, G d] -> out [T, H d]; positions, slots [T], seq_starts [S + 1], block_tables [S, max_blocks]
+void attend(Native& native, const Cache& cache, int layer, const ConstFloats& q, const ConstFloats& k, const ConstFloats& v,
+            const Floats& out, const Ints& positions, const Ints& slots, const Ints& seq_starts,
+            const Array<const int32_t, 2>& block_tables) {
+  const CacheLayout& layout = cache.layout;
+  const size_t tokens = q.shape(0), head_dim = size_t(layout.head_dim), kv_width = size_t(layout.kv_heads) * head_dim;
+  check(layer >= 0 && layer < layout.layers, "attend: the cache has no such layer");
+  check(q.shape(1) > 0 && q.shape(1) % kv_width == 0, "attend: q's width is not a multiple of kv heads times head_dim");
+  check(has_shape(k, tokens, kv_width) && has_shape(v, tokens, kv_width) && has_shape(out, tokens, q.shape(1)),
         "attend: shapes of q, k, v and out don't agree");
-  check(values.shape(0) == keys.shape(0) && values.shape(1) == kv_heads && int64_t(keys.shape(3)) == padded(int64_t(block_size)) &&
-            int64_t(values.shape(3)) == padded(int64_t(head_dim)),
-        "attend: the cache is not of kv_shapes");
   check(positions.shape(0) == tokens && slots.shape(0) == tokens && seq_starts.shape(0) == block_tables.shape(0) + 1,
         "attend: shapes of the batch don't agree");
   const AttendArgs args{
@@ -117,13 +106,9 @@ void attend(Native& native, const ConstFloats& q, const ConstFloats& k, const Co
       .k = k.data(),
       .v = v.data(),
       .out = out.data(),
-      .k_cache = keys.data(),
-      .v_cache = values.data(),
-      .num_blocks = int64_t(keys.shape(0)),
-      .block_size = int64_t(block_size),
+      .layout = &layout,
+      .layer = cache.layer(layer),
       .heads = int(q.shape(1) / head_dim),
-      .kv_heads = int(kv_heads),
-      .head_dim = int(head_dim),
       .positions = positions.data(),
       .slots = slots.data(),
       .seq_starts = seq_starts.data(),
@@ -219,16 +204,35 @@ nb::list sample(Native& native, const ConstFloats& logits, const nb::sequence& r
 }  // namespace
 
 // What is written to must be the caller's own array, never a converted copy.
-void bind_rest(nb::class_<Native>& native) {
+void bind_rest(nb::module_& m, nb::class_<Native>& native) {
+  m.def(
+      "cache_bytes",
+      [](int type, int64_t num_blocks, int64_t block_size, int layers, int kv_heads, int head_dim) {
+        return num_blocks * cache_layout(type, num_blocks, block_size, layers, kv_heads, head_dim).block_bytes;
+      },
+      nb::arg("type"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"),
+      "Bytes of the buffer of a cache.");
+
+  nb::class_<Cache>(m, "Cache", "The paged key/value cache of all layers, over a 64-byte aligned uint8 buffer of cache_bytes().")
+      .def(
+          "__init__",
+          [](Cache* self, int type, int64_t num_blocks, int64_t block_size, int layers, int kv_heads, int head_dim,
+             const Array<uint8_t, 1>& buffer) {
+            const CacheLayout layout = cache_layout(type, num_blocks, block_size, layers, kv_heads, head_dim);
+            check(int64_t(buffer.size()) == num_blocks * layout.block_bytes, "Cache: the buffer is not of cache_bytes");
+            check(reinterpret_cast<uintptr_t>(buffer.data()) % 64 == 0, "Cache: the buffer is not aligned to 64 bytes");
+            new (self) Cache{layout, buffer};
+          },
+          nb::arg("type"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"),
+          nb::arg("buffer").noconvert());
+
   native
       .def("decode_rows", &decode_rows, nb::arg("type"), nb::arg("source"), nb::arg("index").none(), nb::arg("out").noconvert())
       .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out").noconvert())
       .def("rope", &rope, nb::arg("x").noconvert(), nb::arg("cosines"), nb::arg("sines"))
       .def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out").noconvert())
-      .def_static("kv_shapes", &kv_shapes, nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("kv_heads"), nb::arg("head_dim"))
-      .def("attend", &attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out").noconvert(), nb::arg("keys").noconvert(),
-           nb::arg("values").noconvert(),
-           nb::arg("positions"), nb::arg("slots"), nb::arg("seq_starts"), nb::arg("block_tables"))
+      .def("attend", &attend, nb::arg("cache"), nb::arg("layer"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
+           nb::arg("out").noconvert(), nb::arg("positions"), nb::arg("slots"), nb::arg("seq_starts"), nb::arg("block_tables"))
       .def("sample", &sample, nb::arg("logits"), nb::arg("rows"));
 }
 

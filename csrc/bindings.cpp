@@ -104,7 +104,7 @@ NB_MODULE(_native, m) {
       .def("pack", &pack, nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("source"), nb::arg("packed").noconvert())
       .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual").none(),
            nb::arg("outs").noconvert());
-  bind_rest(native);
+  bind_rest(m, native);
 }
 
 }  // namespace puna

@@ -16,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cache.hpp"
 #include "threadpool.hpp"
 
 namespace puna {
@@ -30,19 +31,15 @@ struct LinearTarget {
   float* out;              // [T, N]
 };
 
-// The keys of a block and the dimensions of a value are padded to a multiple of this in the cache.
-constexpr int kCachePad = 16;
-
-// Paged attention over one layer of the cache; see attention.cpp for the cache layout.
+// Paged attention over one layer of the cache (cache.hpp).
 struct AttendArgs {
   const float* q;              // [T, heads * head_dim]
   const float* k;              // [T, kv_heads * head_dim]
   const float* v;              // [T, kv_heads * head_dim]
   float* out;                  // [T, heads * head_dim]
-  uint16_t* k_cache;           // this layer's keys, float16
-  uint16_t* v_cache;           // this layer's values, float16
-  int64_t num_blocks, block_size;
-  int heads, kv_heads, head_dim;
+  const CacheLayout* layout;
+  uint8_t* layer;              // this layer's part of the first block; the next block's is layout->block_bytes further
+  int heads;
   const int32_t* positions;    // [T]
   const int32_t* slots;        // [T]
   const int32_t* seq_starts;   // [S + 1]

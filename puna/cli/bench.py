@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from puna.cli.options import json_option, ops_option, threads_option
+from puna.cli.options import json_option, kv_type_option, ops_option, threads_option
 from puna.cli.progress import human_bytes
 
 if TYPE_CHECKING:
@@ -27,15 +27,23 @@ if TYPE_CHECKING:
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Runs, of which the median counts.")
 @threads_option
 @ops_option
+@kv_type_option
 @json_option
 def bench(
-    model: str, prompt_tokens: int, gen_tokens: int, runs: int, threads: int | None, ops: str | None, as_json: bool
+    model: str,
+    prompt_tokens: int,
+    gen_tokens: int,
+    runs: int,
+    threads: int | None,
+    ops: str | None,
+    kv_type: str | None,
+    as_json: bool,
 ) -> None:
     """Measure prefill and decode speed of MODEL with random tokens, greedily, one sequence."""
     from puna.llm import LLM
 
     started = time.perf_counter()
-    llm = LLM.load(model, context_length=prompt_tokens + gen_tokens, threads=threads, ops=ops)
+    llm = LLM.load(model, context_length=prompt_tokens + gen_tokens, threads=threads, ops=ops, kv_type=kv_type)
     load_seconds = time.perf_counter() - started
     _run(llm, min(prompt_tokens, 32), 2, seed=0)  # touch every weight once
     timings = [_run(llm, prompt_tokens, gen_tokens, seed) for seed in range(1, runs + 1)]

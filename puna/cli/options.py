@@ -23,6 +23,9 @@ threads_option: Decorator = click.option(
 ops_option: Decorator = click.option(
     "--ops", type=click.Choice(["native", "reference"]), help="Implementation to run on."
 )
+kv_type_option: Decorator = click.option(
+    "--kv-type", type=click.Choice(["f16", "bf16", "q8_0", "f32"]), help="What the key/value cache holds (default: f16)."
+)
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 context_option: Decorator = click.option(
     "--context-length",

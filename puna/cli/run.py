@@ -13,6 +13,7 @@ from puna.cli.options import (
     context_option,
     format_constraint,
     json_option,
+    kv_type_option,
     ops_option,
     sampling_options,
     sampling_values,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @context_option
 @threads_option
 @ops_option
+@kv_type_option
 @json_option
 def run(
     model: str,
@@ -50,6 +52,7 @@ def run(
     context_length: int | None,
     threads: int | None,
     ops: str | None,
+    kv_type: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -63,7 +66,7 @@ def run(
     if text is None and not _on_a_terminal():
         raise click.UsageError("there is no prompt, and no terminal to chat on")
     started = time.perf_counter()
-    llm = LLM.load(model, context_length=context_length, threads=threads, ops=ops)
+    llm = LLM.load(model, context_length=context_length, threads=threads, ops=ops, kv_type=kv_type)
     load_seconds = time.perf_counter() - started
     values = sampling_values(options)
     if text is None:

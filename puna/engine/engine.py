@@ -29,13 +29,15 @@ class Engine:
         kv_memory_bytes: int | None = None,
         context_length: int | None = None,
         block_size: int = 32,
+        kv_type: str | None = None,
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
     ) -> None:
         """Allocates the cache: ``num_blocks`` blocks of ``block_size`` tokens, or what fits in ``kv_memory_bytes``,
         or else room for one context.
 
-        ``context_length`` (prompt and answer) defaults to the model's, and is never more than the cache holds.
+        ``context_length`` (prompt and answer) defaults to the model's, and is never more than the cache holds. ``kv_type``: what
+        the cache holds numbers as, see ``Ops.new_kv``.
         Raises RequestError when a number is not possible.
         """
         for name, value in (
@@ -53,7 +55,7 @@ class Engine:
         if num_blocks is None:
             num_blocks = -(-context_length // block_size)
             if kv_memory_bytes is not None:
-                block_bytes = model.ops.kv_bytes_per_token(model.config) * block_size
+                block_bytes = model.ops.kv_bytes_per_token(model.config, kv_type) * block_size
                 num_blocks = kv_memory_bytes // block_bytes
                 if num_blocks < 1:
                     raise RequestError(
@@ -63,7 +65,7 @@ class Engine:
         self.model = model
         self.context_length = min(context_length, num_blocks * block_size)
         self.scheduler = Scheduler(BlockPool(num_blocks, block_size), max_batch_tokens, max_sequences)
-        kv = model.ops.new_kv(model.config, num_blocks, block_size)
+        kv = model.ops.new_kv(model.config, num_blocks, block_size, kv_type)
         max_blocks = self.scheduler.pool.blocks_for(self.context_length)
         self._runner = Runner(model, kv, max_batch_tokens, max_sequences, max_blocks)
         self._ids = itertools.count()

@@ -54,6 +54,7 @@ class LLM:
         system: str | None = None,
         defaults: Mapping[str, Any] | None = None,
         context_length: int | None = None,
+        kv_type: str | None = None,
     ) -> None:
         """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none."""
         self.model = model
@@ -61,15 +62,17 @@ class LLM:
         self.config = model.config
         self.tokenizer = tokenizer
         self.defaults = dict(defaults or {})
+        self.kv_type = kv_type
         self._chat_template = chat_template
         context = context_length
         if context is None:
             context = min(model.config.max_position_embeddings, DEFAULT_CONTEXT)
         self.engine = Engine(
             model,
-            num_blocks=_cache_blocks(model, context, explicit=context_length is not None),
+            num_blocks=_cache_blocks(model, context, kv_type, explicit=context_length is not None),
             context_length=context,
             block_size=BLOCK_SIZE,
+            kv_type=kv_type,
         )
         self.context_length = self.engine.context_length
 
@@ -81,11 +84,13 @@ class LLM:
         context_length: int | None = None,
         threads: int | None = None,
         ops: str | None = None,
+        kv_type: str | None = None,
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
         ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to
-        the physical cores. ``ops``: ``native`` or ``reference``. Raises StoreError, CheckpointError, ConfigError,
+        the physical cores. ``ops``: ``native`` or ``reference``. ``kv_type``: what keys and values are kept as, ``f16``
+        (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or ``f32``. Raises RequestError, StoreError, CheckpointError, ConfigError,
         TokenizerError.
         """
         found = resolve(name_or_path)
@@ -103,6 +108,7 @@ class LLM:
             system=manifest.system if manifest else None,
             defaults=manifest.parameters if manifest else None,
             context_length=context_length,
+            kv_type=kv_type,
         )
 
     def __enter__(self) -> LLM:
@@ -255,7 +261,7 @@ class LLM:
         >>> llm.logits(llm.tokenizer.encode("Hello world")).shape
         (2, 49152)
         """
-        return scoring.logits(self.model, ids)
+        return scoring.logits(self.model, ids, self.kv_type)
 
     def embed(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
         """float32[N, D]: the mean of the final hidden states of each text, scaled to length 1.
@@ -266,7 +272,7 @@ class LLM:
         encoded = [self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos) for text in _texts(texts)]
         vectors = np.empty((len(encoded), self.config.hidden_size), np.float32)
         for row, ids in zip(vectors, encoded, strict=True):
-            row[:] = scoring.embedding(self.model, ids)
+            row[:] = scoring.embedding(self.model, ids, self.kv_type)
         return vectors
 
     def score(self, prompt: str, continuation: str) -> scoring.Score:
@@ -283,7 +289,7 @@ class LLM:
         continuation = prompt[len(stripped) :] + continuation
         prompt_ids = self.tokenizer.encode(stripped, add_bos=self.tokenizer.add_bos)
         whole = self.tokenizer.encode(stripped + continuation, add_bos=self.tokenizer.add_bos)
-        return scoring.score(self.model, prompt_ids, whole[len(prompt_ids) :])
+        return scoring.score(self.model, prompt_ids, whole[len(prompt_ids) :], self.kv_type)
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         ids = self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos, parse_special=parse_special)
@@ -304,10 +310,10 @@ def _texts(given: str | Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def _cache_blocks(model: Model, context_length: int, *, explicit: bool) -> int:
+def _cache_blocks(model: Model, context_length: int, kv_type: str | None, *, explicit: bool) -> int:
     """Room for four full contexts, in at most half of the free memory; pages are only taken when they are used."""
     one_context = -(-context_length // BLOCK_SIZE)
-    block_bytes = model.ops.kv_bytes_per_token(model.config) * BLOCK_SIZE
+    block_bytes = model.ops.kv_bytes_per_token(model.config, kv_type) * BLOCK_SIZE
     affordable = psutil.virtual_memory().available // 2 // block_bytes
     if affordable < one_context and explicit:
         raise RequestError(

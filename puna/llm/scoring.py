@@ -26,28 +26,30 @@ class Score:
     is_greedy: bool
 
 
-def logits(model: Model, ids: Sequence[int]) -> NDArray[np.float32]:
+def logits(model: Model, ids: Sequence[int], kv_type: str | None = None) -> NDArray[np.float32]:
     """float32[T, V]: row t is the prediction after token t."""
-    parts = [model.ops.to_host(model.forward(batch, kv)) for batch, kv in _chunks(model, ids)]
+    parts = [model.ops.to_host(model.forward(batch, kv)) for batch, kv in _chunks(model, ids, kv_type)]
     return np.concatenate(parts)
 
 
-def embedding(model: Model, ids: Sequence[int]) -> NDArray[np.float32]:
+def embedding(model: Model, ids: Sequence[int], kv_type: str | None = None) -> NDArray[np.float32]:
     """float32[D]: the mean of the final hidden states, scaled to length 1."""
     total = np.zeros(model.config.hidden_size, np.float64)
-    for batch, kv in _chunks(model, ids):
+    for batch, kv in _chunks(model, ids, kv_type):
         total += model.ops.to_host(model.hidden(batch, kv)).sum(axis=0, dtype=np.float64)
     return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
 
-def score(model: Model, prompt_ids: Sequence[int], continuation_ids: Sequence[int]) -> Score:
+def score(
+    model: Model, prompt_ids: Sequence[int], continuation_ids: Sequence[int], kv_type: str | None = None
+) -> Score:
     """Log probability of a continuation after a prompt; only one chunk of logits is in memory at a time."""
     if not prompt_ids or not continuation_ids:
         raise RequestError("scoring needs at least one token of prompt and one of continuation")
     ids = [*prompt_ids, *continuation_ids]
     logprobs: list[float] = []
     greedy = True
-    for batch, kv in _chunks(model, ids[:-1], first_row=len(prompt_ids) - 1):
+    for batch, kv in _chunks(model, ids[:-1], kv_type, first_row=len(prompt_ids) - 1):
         if not len(batch.logit_rows):
             model.hidden(batch, kv)
             continue
@@ -60,7 +62,9 @@ def score(model: Model, prompt_ids: Sequence[int], continuation_ids: Sequence[in
     return Score(sum(logprobs), list(continuation_ids), logprobs, greedy)
 
 
-def _chunks(model: Model, ids: Sequence[int], first_row: int = 0) -> Iterator[tuple[Batch, KVCache]]:
+def _chunks(
+    model: Model, ids: Sequence[int], kv_type: str | None, first_row: int = 0
+) -> Iterator[tuple[Batch, KVCache]]:
     """One sequence in consecutive blocks, some tokens at a time; logits are wanted from position ``first_row`` on."""
     config = model.config
     try:
@@ -72,7 +76,7 @@ def _chunks(model: Model, ids: Sequence[int], first_row: int = 0) -> Iterator[tu
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise RequestError(f"token ids must be from 0 to {config.vocab_size - 1}, the model's vocabulary")
     blocks = -(-len(tokens) // BLOCK_SIZE)
-    kv = model.ops.new_kv(config, blocks, BLOCK_SIZE)
+    kv = model.ops.new_kv(config, blocks, BLOCK_SIZE, kv_type)
     for start in range(0, len(tokens), CHUNK_TOKENS):
         positions = np.arange(start, min(start + CHUNK_TOKENS, len(tokens)), dtype=np.int32)
         batch = Batch(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from puna import _native
 from puna.config import ModelConfig
 from puna.errors import RequestError
+from puna.ops.kv_types import kv_quant_type
 from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow, UploadedWeight
 from puna.ops.threads import default_threads
 from puna.tensor import Weight
@@ -36,12 +37,12 @@ class NativeWeight:
 
 @dataclass
 class NativeKVCache:
-    """One array of keys and one of values for each layer: float16 bits in the layout of csrc/attention.cpp."""
+    """``data[block]`` are the bytes of a block, all layers of it, in the layout of csrc/cache.hpp."""
 
     num_blocks: int
     block_size: int
-    keys: list[NDArray[np.uint16]]
-    values: list[NDArray[np.uint16]]
+    data: NDArray[np.uint8]
+    native: Any
 
 
 class NativeOps:
@@ -69,20 +70,16 @@ class NativeOps:
             return np.ascontiguousarray(weight.dequantize())
         return NativeWeight(weight.name, (weight.shape[0], weight.shape[1]), weight)
 
-    def new_kv(self, config: ModelConfig, num_blocks: int, block_size: int) -> NativeKVCache:
-        keys, values = self._kv_shapes(config, num_blocks, block_size)
-        layers = range(config.num_hidden_layers)
-        return NativeKVCache(
-            num_blocks,
-            block_size,
-            [np.zeros(keys, np.uint16) for _ in layers],
-            [np.zeros(values, np.uint16) for _ in layers],
-        )
+    def new_kv(
+        self, config: ModelConfig, num_blocks: int, block_size: int, kv_type: str | None = None
+    ) -> NativeKVCache:
+        shape = self._cache_shape(config, num_blocks, block_size, kv_type)
+        buffer = _untouched_zeros(_native.cache_bytes(*shape))
+        return NativeKVCache(num_blocks, block_size, buffer.reshape(num_blocks, -1), _native.Cache(*shape, buffer))
 
-    def kv_bytes_per_token(self, config: ModelConfig) -> int:
+    def kv_bytes_per_token(self, config: ModelConfig, kv_type: str | None = None) -> int:
         block_size = 16  # the padding of other sizes costs a little more
-        shapes = self._kv_shapes(config, 1, block_size)
-        return sum(2 * int(np.prod(shape)) for shape in shapes) * config.num_hidden_layers // block_size
+        return int(_native.cache_bytes(*self._cache_shape(config, 1, block_size, kv_type))) // block_size
 
     def embed(self, table: NativeWeight, tokens: NDArray[np.int32]) -> Floats:
         assert table.source is not None, f"{table.name} was packed before its first lookup"
@@ -121,16 +118,7 @@ class NativeOps:
         assert isinstance(kv, NativeKVCache)
         out = np.empty_like(q)
         self._native.attend(
-            q,
-            k,
-            v,
-            out,
-            kv.keys[layer],
-            kv.values[layer],
-            batch.positions,
-            batch.slots,
-            batch.seq_starts,
-            batch.block_tables,
+            kv.native, layer, q, k, v, out, batch.positions, batch.slots, batch.seq_starts, batch.block_tables
         )
         return out
 
@@ -147,13 +135,13 @@ class NativeOps:
     def to_host(self, x: Floats) -> Floats:
         return x
 
-    def _kv_shapes(
-        self, config: ModelConfig, num_blocks: int, block_size: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        shapes: tuple[tuple[int, ...], tuple[int, ...]] = self._native.kv_shapes(
-            num_blocks, block_size, config.num_key_value_heads, config.head_dim
-        )
-        return shapes
+    def _cache_shape(
+        self, config: ModelConfig, num_blocks: int, block_size: int, kv_type: str | None
+    ) -> tuple[int, int, int, int, int, int]:
+        """The arguments of _native.Cache, without its buffer."""
+        encoding = kv_quant_type(kv_type or "f16", config.head_dim).gguf_id
+        layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+        return encoding, num_blocks, block_size, layers, kv_heads, config.head_dim
 
     def _pack(self, w: NativeWeight) -> Any:
         """The panels of a matrix, made when it is first multiplied by: an embedding that is no head needs none."""
@@ -171,6 +159,14 @@ def _aligned(size: int) -> NDArray[np.uint8]:
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + size]
+
+
+def _untouched_zeros(size: int) -> NDArray[np.uint8]:
+    """Zeros whose pages are taken only when they are used, large ones where the system has them."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _drop_mapped_pages(data: NDArray[np.uint8]) -> bool:

@@ -92,11 +92,15 @@ class Ops(Protocol):
     def weight(self, weight: Weight) -> UploadedWeight:
         """Make a matrix or vector ready for use here: convert, repack or move it."""
 
-    def new_kv(self, config: ModelConfig, num_blocks: int, block_size: int) -> KVCache:
-        """A zeroed cache of ``num_blocks`` blocks of ``block_size`` positions."""
+    def new_kv(self, config: ModelConfig, num_blocks: int, block_size: int, kv_type: str | None = None) -> KVCache:
+        """A zeroed cache of ``num_blocks`` blocks of ``block_size`` positions.
 
-    def kv_bytes_per_token(self, config: ModelConfig) -> int:
-        """Bytes that one position occupies in this implementation's cache, over all layers."""
+        ``kv_type``: one of KV_TYPES (puna/ops/kv_types.py), or None for this implementation's own choice. Raises
+        RequestError for a type that is unknown or cannot hold the model's heads.
+        """
+
+    def kv_bytes_per_token(self, config: ModelConfig, kv_type: str | None = None) -> int:
+        """Bytes that one position occupies in this implementation's cache, over all layers. Raises as ``new_kv``."""
 
     def embed(self, table: UploadedWeight, tokens: NDArray[np.int32]) -> Array:
         """Rows of the table: [T, D] float32."""

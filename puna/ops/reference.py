@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puna.config import ModelConfig
+from puna.ops.kv_types import kv_quant_type, round_as
 from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow
 from puna.ops.reference_sampling import sample_rows
 from puna.tensor import Weight
+from puna.tensor.types import QuantType
 
 Floats = NDArray[np.float32]
 Angles = tuple[Floats, Floats]
@@ -19,10 +21,11 @@ Angles = tuple[Floats, Floats]
 
 @dataclass
 class ReferenceKVCache:
-    """Keys and values as float32[layers, slots, kv heads, head_dim]."""
+    """Keys and values as float32[layers, slots, kv heads, head_dim], rounded as ``encoding`` would hold them."""
 
     num_blocks: int
     block_size: int
+    encoding: QuantType
     keys: Floats
     values: Floats
 
@@ -35,16 +38,21 @@ class ReferenceOps:
     def weight(self, weight: Weight) -> Floats:
         return weight.dequantize()
 
-    def new_kv(self, config: ModelConfig, num_blocks: int, block_size: int) -> ReferenceKVCache:
+    def new_kv(
+        self, config: ModelConfig, num_blocks: int, block_size: int, kv_type: str | None = None
+    ) -> ReferenceKVCache:
+        encoding = kv_quant_type(kv_type or "f32", config.head_dim)
         shape = (
             config.num_hidden_layers,
             num_blocks * block_size,
             config.num_key_value_heads,
             config.head_dim,
         )
-        return ReferenceKVCache(num_blocks, block_size, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+        keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        return ReferenceKVCache(num_blocks, block_size, encoding, keys, values)
 
-    def kv_bytes_per_token(self, config: ModelConfig) -> int:
+    def kv_bytes_per_token(self, config: ModelConfig, kv_type: str | None = None) -> int:
+        kv_quant_type(kv_type or "f32", config.head_dim)  # only to refuse what it refuses: numbers are kept in float32
         return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
     def embed(self, table: Floats, tokens: NDArray[np.int32]) -> Floats:
@@ -83,8 +91,8 @@ class ReferenceOps:
         assert isinstance(kv, ReferenceKVCache)
         keys, values = kv.keys[layer], kv.values[layer]
         groups, head_dim = keys.shape[1:]
-        keys[batch.slots] = k.reshape(-1, groups, head_dim)
-        values[batch.slots] = v.reshape(-1, groups, head_dim)
+        keys[batch.slots] = round_as(kv.encoding, k.reshape(-1, groups, head_dim))
+        values[batch.slots] = round_as(kv.encoding, v.reshape(-1, groups, head_dim))
         out = np.empty_like(q)
         for s, (start, end) in enumerate(zip(batch.seq_starts, batch.seq_starts[1:], strict=False)):
             context = np.arange(batch.context_lens[s])

@@ -30,11 +30,11 @@ class FakeKV:
 class FakeOps:
     name = "fake"
 
-    def new_kv(self, config: ModelConfig, num_blocks: int, block_size: int) -> FakeKV:
+    def new_kv(self, config: ModelConfig, num_blocks: int, block_size: int, kv_type: str | None = None) -> FakeKV:
         slots = num_blocks * block_size
         return FakeKV(num_blocks, block_size, np.full(slots, -1), np.full(slots, -1))
 
-    def kv_bytes_per_token(self, config: ModelConfig) -> int:
+    def kv_bytes_per_token(self, config: ModelConfig, kv_type: str | None = None) -> int:
         return 16
 
     def sample(self, logits: Any, rows: list[SamplingRow]) -> list[Sampled]:
