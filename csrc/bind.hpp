@@ -29,6 +29,13 @@ inline void check(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
 }
 
+// A packed matrix. Keeps its buffer alive; the buffer may be a part of a memory-mapped file.
+struct Panels {
+  Array<const uint8_t, 1> buffer;
+  int type;
+  int64_t rows, columns;
+};
+
 // The key/value cache of all layers. Keeps its buffer alive, which may be anyone's memory.
 struct Cache {
   CacheLayout layout;
@@ -36,6 +43,9 @@ struct Cache {
 
   uint8_t* layer(int i) const { return buffer.data() + i * layout.layer_bytes; }
 };
+
+// bind_rest.cpp: slots and block tables lead to memory, so each must lie within the cache.
+void check_batch(const AttendArgs& args);
 
 // bind_rest.cpp: everything but the linear layers.
 void bind_rest(nb::module_& m, nb::class_<Native>& native);

@@ -69,26 +69,6 @@ void swiglu(Native& native, const ConstFloats& gate, const ConstFloats& up, cons
   native.kernels->swiglu(native.pool, g, u, int64_t(tokens), int64_t(columns), to);
 }
 
-// Slots and block tables lead to memory: each must lie within the cache.
-void check_batch(const AttendArgs& a) {
-  const int64_t block_size = a.layout->block_size, slots = a.layout->num_blocks * block_size;
-  check(a.seq_starts[0] == 0 && a.seq_starts[a.sequences] == a.tokens, "attend: seq_starts don't cover the tokens");
-  for (int64_t s = 0; s < a.sequences; ++s) {
-    check(a.seq_starts[s] <= a.seq_starts[s + 1], "attend: seq_starts must not fall");
-    int64_t context = 0;
-    for (int64_t t = a.seq_starts[s]; t < a.seq_starts[s + 1]; ++t) {
-      check(a.positions[t] >= 0 && a.slots[t] >= 0 && a.slots[t] < slots, "attend: a position or slot is out of range");
-      context = a.positions[t] + int64_t(1) > context ? a.positions[t] + int64_t(1) : context;
-    }
-    const int64_t blocks = (context + block_size - 1) / block_size;
-    check(blocks <= a.max_blocks, "attend: a position lies beyond the block table");
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int32_t block = a.block_tables[s * a.max_blocks + b];
-      check(block >= 0 && block < a.layout->num_blocks, "attend: a block table names a block that does not exist");
-    }
-  }
-}
-
 // q [T, H d], k and v [T, G d] -> out [T, H d]; positions, slots [T], seq_starts [S + 1], block_tables [S, max_blocks]
 void attend(Native& native, const Cache& cache, int layer, const ConstFloats& q, const ConstFloats& k, const ConstFloats& v,
             const Floats& out, const Ints& positions, const Ints& slots, const Ints& seq_starts,
@@ -202,6 +182,25 @@ nb::list sample(Native& native, const ConstFloats& logits, const nb::sequence& r
 }
 
 }  // namespace
+
+void check_batch(const AttendArgs& a) {
+  const int64_t block_size = a.layout->block_size, slots = a.layout->num_blocks * block_size;
+  check(a.seq_starts[0] == 0 && a.seq_starts[a.sequences] == a.tokens, "attend: seq_starts don't cover the tokens");
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    check(a.seq_starts[s] <= a.seq_starts[s + 1], "attend: seq_starts must not fall");
+    int64_t context = 0;
+    for (int64_t t = a.seq_starts[s]; t < a.seq_starts[s + 1]; ++t) {
+      check(a.positions[t] >= 0 && a.slots[t] >= 0 && a.slots[t] < slots, "attend: a position or slot is out of range");
+      context = a.positions[t] + int64_t(1) > context ? a.positions[t] + int64_t(1) : context;
+    }
+    const int64_t blocks = (context + block_size - 1) / block_size;
+    check(blocks <= a.max_blocks, "attend: a position lies beyond the block table");
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int32_t block = a.block_tables[s * a.max_blocks + b];
+      check(block >= 0 && block < a.layout->num_blocks, "attend: a block table names a block that does not exist");
+    }
+  }
+}
 
 // What is written to must be the caller's own array, never a converted copy.
 void bind_rest(nb::module_& m, nb::class_<Native>& native) {

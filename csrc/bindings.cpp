@@ -7,17 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "bind.hpp"
+#include "program.hpp"
 
 namespace puna {
 namespace {
-
-// A packed matrix. Keeps its buffer alive; the buffer may be a part of a memory-mapped file.
-struct Panels {
-  Array<const uint8_t, 1> buffer;
-  int type;
-  int64_t rows, columns;
-};
 
 using Matrix = Array<float, 2>;
 using ConstMatrix = Array<const float, 2>;
@@ -105,6 +98,7 @@ NB_MODULE(_native, m) {
       .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual").none(),
            nb::arg("outs").noconvert());
   bind_rest(m, native);
+  bind_program(m, native);
 }
 
 }  // namespace puna

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from puna.config import ModelConfig
 from puna.model import llama
@@ -27,8 +28,18 @@ class Model:
 
     def forward(self, batch: Batch, kv: KVCache) -> Array:
         """Logits [R, V] for ``batch.logit_rows``."""
-        return llama.forward(self.ops, self.config, self.weights, batch, kv)
+        return self._forward(batch, kv)
 
     def hidden(self, batch: Batch, kv: KVCache) -> Array:
         """Final hidden states [T, D], for embeddings."""
-        return llama.hidden(self.ops, self.config, self.weights, batch, kv)
+        return self._hidden(batch, kv)
+
+    @cached_property
+    def _forward(self) -> Callable[[Batch, KVCache], Array]:
+        config, weights = self.config, self.weights
+        return self.ops.compiled(lambda ops, batch, kv: llama.forward(ops, config, weights, batch, kv))
+
+    @cached_property
+    def _hidden(self) -> Callable[[Batch, KVCache], Array]:
+        config, weights = self.config, self.weights
+        return self.ops.compiled(lambda ops, batch, kv: llama.hidden(ops, config, weights, batch, kv))

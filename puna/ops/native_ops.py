@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from puna import _native
 from puna.config import ModelConfig
 from puna.errors import RequestError
 from puna.ops.kv_types import kv_quant_type
+from puna.ops.native_program import Forward, Traced, trace
 from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow, UploadedWeight
 from puna.ops.threads import default_threads
 from puna.tensor import Weight
@@ -33,6 +34,12 @@ class NativeWeight:
     source: Weight | None
     panels: Any = None
     looked_up: bool = False
+
+    def lookup(self) -> tuple[int, NDArray[np.uint8]]:
+        """The type's number and the encoded rows, which are kept from now on."""
+        assert self.source is not None, f"{self.name} was packed before its first lookup"
+        self.looked_up = True
+        return self.source.type.gguf_id, self.source.data
 
 
 @dataclass
@@ -81,11 +88,16 @@ class NativeOps:
         block_size = 16  # the padding of other sizes costs a little more
         return int(_native.cache_bytes(*self._cache_shape(config, 1, block_size, kv_type))) // block_size
 
+    def compiled(self, forward: Forward) -> Callable[[Batch, KVCache], Floats]:
+        return _Compiled(self, self._native, forward)
+
+    def panels(self, w: NativeWeight) -> Any:
+        """The panels of a matrix, made when it is first multiplied by: an embedding that is no head needs none."""
+        return w.panels or self._pack(w)
+
     def embed(self, table: NativeWeight, tokens: NDArray[np.int32]) -> Floats:
-        assert table.source is not None, f"{table.name} was packed before its first lookup"
-        table.looked_up = True
         out = np.empty((len(tokens), table.shape[1]), np.float32)
-        self._native.decode_rows(table.source.type.gguf_id, table.source.data, tokens, out)
+        self._native.decode_rows(*table.lookup(), tokens, out)
         return out
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
@@ -95,14 +107,14 @@ class NativeOps:
 
     def linear(self, x: Floats, w: NativeWeight, bias: Floats | None = None, residual: Floats | None = None) -> Floats:
         out = np.empty((len(x), w.shape[0]), np.float32)
-        self._native.linears(x, [w.panels or self._pack(w)], [bias], residual, [out])
+        self._native.linears(x, [self.panels(w)], [bias], residual, [out])
         return out
 
     def linears(
         self, x: Floats, weights: Sequence[NativeWeight], biases: Sequence[Floats | None] | None = None
     ) -> list[Floats]:
         outs = [np.empty((len(x), w.shape[0]), np.float32) for w in weights]
-        panels = [w.panels or self._pack(w) for w in weights]
+        panels = [self.panels(w) for w in weights]
         self._native.linears(x, panels, list(biases) if biases else [None] * len(outs), None, outs)
         return outs
 
@@ -144,7 +156,6 @@ class NativeOps:
         return encoding, num_blocks, block_size, layers, kv_heads, config.head_dim
 
     def _pack(self, w: NativeWeight) -> Any:
-        """The panels of a matrix, made when it is first multiplied by: an embedding that is no head needs none."""
         assert w.source is not None
         kind, (rows, columns) = w.source.type.gguf_id, w.shape
         packed = _aligned(_native.packed_bytes(kind, rows, columns))
@@ -153,6 +164,42 @@ class NativeOps:
         if not _drop_mapped_pages(w.source.data) and not w.looked_up:
             w.source = None  # no file behind it: free the memory
         return w.panels
+
+
+class _Compiled:
+    """A forward that is traced when it is first called, and replayed from then on; called op by op where it can't be traced."""
+
+    def __init__(self, ops: NativeOps, native: Any, forward: Forward) -> None:
+        self._ops, self._native, self._forward = ops, native, forward
+        self._traced: Traced | None = None
+        self._traceable = True
+
+    def __call__(self, batch: Batch, kv: KVCache) -> Floats:
+        assert isinstance(kv, NativeKVCache)
+        if self._traced is None and self._traceable:
+            self._traced = trace(self._forward, batch, kv, self._ops.panels)
+            self._traceable = self._traced is not None
+        traced = self._traced
+        if traced is None:
+            return self._forward(self._ops, batch, kv)
+        angles = traced.angles
+        cosines, sines = self._ops.rope_angles(batch.positions, angles.inverse_frequencies, angles.scale)
+        rows = len(batch.logit_rows if traced.of_logit_rows else batch.tokens)
+        result = np.empty((rows, traced.columns), np.float32)
+        self._native.run(
+            traced.program,
+            kv.native,
+            batch.tokens,
+            batch.positions,
+            batch.slots,
+            batch.seq_starts,
+            batch.block_tables,
+            batch.logit_rows,
+            cosines,
+            sines,
+            result,
+        )
+        return result
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ elsewhere).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -101,6 +101,9 @@ class Ops(Protocol):
 
     def kv_bytes_per_token(self, config: ModelConfig, kv_type: str | None = None) -> int:
         """Bytes that one position occupies in this implementation's cache, over all layers. Raises as ``new_kv``."""
+
+    def compiled(self, forward: Callable[[Ops, Batch, KVCache], Array]) -> Callable[[Batch, KVCache], Array]:
+        """What ``forward`` does on these ops, with as little cost beside its arithmetic as they can."""
 
     def embed(self, table: UploadedWeight, tokens: NDArray[np.int32]) -> Array:
         """Rows of the table: [T, D] float32."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from puna.config import ModelConfig
 from puna.ops.kv_types import kv_quant_type, round_as
-from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow
+from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
 from puna.ops.reference_sampling import sample_rows
 from puna.tensor import Weight
 from puna.tensor.types import QuantType
@@ -54,6 +55,9 @@ class ReferenceOps:
     def kv_bytes_per_token(self, config: ModelConfig, kv_type: str | None = None) -> int:
         kv_quant_type(kv_type or "f32", config.head_dim)  # only to refuse what it refuses: numbers are kept in float32
         return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+    def compiled(self, forward: Callable[[Ops, Batch, KVCache], Array]) -> Callable[[Batch, KVCache], Array]:
+        return partial(forward, self)
 
     def embed(self, table: Floats, tokens: NDArray[np.int32]) -> Floats:
         return table[tokens]
