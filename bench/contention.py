@@ -2,8 +2,8 @@
 
     python bench/contention.py MODEL --rounds 3
 
-For each CPU of this process in turn, a busy loop is pinned to it while `puna bench` runs; rounds alternate with quiet runs,
-and medians count. A fair share is (2n - 1) / 2n of the speed on n cores. Prints a table, then one JSON line.
+For each CPU of this process in turn, a busy loop is pinned to it while `puna bench` runs; rounds alternate with quiet
+runs, and medians count. A fair share is (2n - 1) / 2n of the speed on n cores. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations

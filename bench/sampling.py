@@ -1,9 +1,10 @@
-"""Speed of choosing tokens: milliseconds a step for many rows over a large vocabulary, and the share of the Python around it.
+"""Speed of choosing tokens: milliseconds a step for many rows over a large vocabulary, with and without Python's share.
 
     python bench/sampling.py --rows 32 --vocabulary 128256 --threads 2
 
-The logits are normal with a few likely tokens, as a model's are. `kernel` is the native call; `step` adds the making of the rows
-from requests (puna/engine/sampler.py) and of the results. Least of many runs. Prints a table, then one JSON line.
+The logits are normal with a few likely tokens, as a model's are. `kernel` is the native call; `step` adds the making of
+the rows from requests (puna/engine/sampler.py) and of the results. Least of many runs. Prints a table, then one JSON
+line.
 """
 
 from __future__ import annotations
