@@ -9,7 +9,7 @@ PIP  := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN  := $(VENV)/bin
 SOURCES := $(shell find puna csrc -name '*.py' -o -name '*.cpp' -o -name '*.hpp' 2>/dev/null) pyproject.toml CMakeLists.txt
 
-.PHONY: run test check format bench native clean
+.PHONY: run test check format bench native sanitize clean
 
 run: $(VENV)/.installed
 	@$(BIN)/puna show "$$MODEL" >/dev/null 2>&1 || $(BIN)/puna pull "$$MODEL"
@@ -34,6 +34,14 @@ native: $(VENV)/.developer
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DPUNA_WERROR=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	cmake --build build/native -j
 	cmake --install build/native --prefix .
+
+# The native tests on a build that stops at the first wild access or undefined behaviour (needs gcc).
+sanitize: $(VENV)/.developer
+	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DPUNA_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	cmake --build build/sanitize -j
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PUNA_TEST_NATIVE="$$(ls build/sanitize/_native*.so)" \
+	  $(BIN)/python -m pytest --capture=sys tests/ops
 
 # Puna beside llama.cpp on the default model (builds llama.cpp once).
 bench: $(VENV)/.developer

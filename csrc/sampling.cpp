@@ -14,6 +14,7 @@ namespace puna::PUNA_ISA {
 namespace {
 
 constexpr int kBlock = 64;
+constexpr int kRun = 64;  // blocks: 16 KB, half of a first-level cache
 constexpr float kLargest = 3.4028234663852886e38f;
 
 // A token in the running. Those of larger key, then of lower id, come first.
@@ -141,54 +142,112 @@ inline Real exp_negative(Real z) {
   return z > lowest ? series * power : Real{};
 }
 
+// The sum of e^(x - peak) over a block, x - peak <= 0, to a few units of float32's last place. What is below e^-80 counts as
+// that: such terms vanish beside the peak's own 1. As exp() of simd.hpp, without what only other arguments need.
+inline Vec sum_exp(const float* x, Vec peak) {
+  using Bits = uint32_t __attribute__((vector_size(sizeof(Vec))));
+  const Vec shift = splat(0x1.8p23f);
+  Vec sum = zero();
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const Vec z = max(load(x + i) - peak, splat(-80.0f));
+    const Vec shifted = fma(z, splat(1.44269504f), shift);  // the nearest integer is in the low bits
+    const Vec r = fma(shifted - shift, splat(-0.693147181f), z);
+    Vec p = fma(splat(0.00138144670593f), r, splat(0.00836878041118f));
+    p = fma(p, r, splat(0.0416683942109f));
+    p = fma(p, r, splat(0.166665201078f));
+    p = fma(p, r, splat(0.499999934125f));
+    p = fma(fma(p, r, splat(1.0f)), r, splat(1.0f));
+    sum = sum + bit_cast<Vec>(bit_cast<Bits>(p) + (bit_cast<Bits>(shifted) << 23));
+  }
+  return sum;
+}
+
 // NaN counts as -inf, +inf as the largest number.
 float finite(float x) { return x == x ? (x < kLargest ? x : kLargest) : -kInfinity; }
 
-// A row of logits, and the memory to work on it.
+// A row of logits in blocks of kBlock, and the memory to work on it. Blocks are read where they are; one that is changed is
+// copied first.
 struct Row {
-  float* x;        // [vocabulary + padding], the padding is -inf
-  float* maxima;   // of each kBlock logits
+  const float** block;  // [blocks]
+  float* copies;        // [blocks, kBlock]
+  float* maxima;        // of each block
   int32_t* counts;
   Candidate* memory;
+  const float* logits;  // as they were given
   int64_t vocabulary, blocks;
-  float peak;      // the largest logit
+  float peak;           // the largest logit
+  double log_total;     // log of the sum of e^logit
 
-  void find_maxima() {
-    peak = -kInfinity;
-    for (int64_t b = 0; b < blocks; ++b) {
-      Vec top = load(x + b * kBlock);
-      for (int i = kLanes; i < kBlock; i += kLanes) top = max(top, load(x + b * kBlock + i));
-      maxima[b] = reduce_max(top);
-      peak = maxima[b] > peak ? maxima[b] : peak;
+  float at(int64_t id) const { return block[id / kBlock][id % kBlock]; }
+
+  // The place to write a block's logits to.
+  float* writable(int64_t b) {
+    float* copy = copies + b * kBlock;
+    if (block[b] != copy) {
+      const int64_t rest = vocabulary - b * kBlock;
+      for (int i = 0; i < kBlock; ++i) copy[i] = i < rest ? finite(block[b][i]) : -kInfinity;
+      block[b] = copy;
     }
+    return copy;
   }
 
-  void read(const float* logits) {
-    const Vec lowest = splat(-kInfinity), largest = splat(kLargest);
-    int64_t i = 0;
-    for (; i + kLanes <= vocabulary; i += kLanes) store(x + i, min(max(load(logits + i), lowest), largest));
-    for (; i < blocks * kBlock; ++i) x[i] = i < vocabulary ? finite(logits[i]) : -kInfinity;
-    find_maxima();
+  void find_maximum(int64_t b) {
+    Vec top = load(block[b]);
+    for (int i = kLanes; i < kBlock; i += kLanes) top = max(top, load(block[b] + i));
+    maxima[b] = reduce_max(top);
+  }
+
+  void find_peak() {
+    peak = -kInfinity;
+    for (int64_t b = 0; b < blocks; ++b) peak = maxima[b] > peak ? maxima[b] : peak;
+  }
+
+  // The blocks, their maxima and log_total, in one passage through memory: a run of blocks at a time, so that the second look
+  // at it finds it in the cache.
+  void read(const float* from) {
+    logits = from;
+    double total = 0;
+    peak = -kInfinity;
+    for (int64_t first = 0; first < blocks; first += kRun) {
+      const int64_t end = first + kRun < blocks ? first + kRun : blocks;
+      const float run_peak = read_run(first, end);
+      if (run_peak == -kInfinity) continue;
+      Vec sum = zero();
+      for (int64_t b = first; b < end; ++b) sum = sum + sum_exp(block[b], splat(run_peak));
+      const bool higher = run_peak > peak;
+      const double ratio = exp_negative<double, uint64_t>(double(higher ? peak : run_peak) - double(higher ? run_peak : peak));
+      total = higher ? total * ratio + double(reduce_add(sum)) : total + ratio * double(reduce_add(sum));
+      peak = higher ? run_peak : peak;
+    }
+    log_total = peak > -kInfinity ? double(peak) + std::log(total) : 0.0;
+  }
+
+  // Blocks first to end and their maxima; returns the largest.
+  float read_run(int64_t first, int64_t end) {
+    Vec zeros = zero();  // becomes NaN with NaN and infinities
+    for (int64_t b = first; b < end; ++b) {
+      block[b] = logits + b * kBlock;
+      if ((b + 1) * kBlock > vocabulary) writable(b);
+      for (int i = 0; i < kBlock; i += kLanes) zeros = fma(load(block[b] + i), zero(), zeros);
+      find_maximum(b);
+    }
+    if (reduce_add(zeros) != 0)
+      for (int64_t b = first; b < end; ++b) {
+        writable(b);
+        find_maximum(b);
+      }
+    float run_peak = -kInfinity;
+    for (int64_t b = first; b < end; ++b) run_peak = maxima[b] > run_peak ? maxima[b] : run_peak;
+    return run_peak;
   }
 
   // The first token of the largest logit.
   int32_t most_probable() const {
-    int64_t i = 0;
-    while (maxima[i / kBlock] != peak) i += kBlock;
-    while (x[i] != peak) ++i;
-    return int32_t(i);
-  }
-
-  // log of the sum of e^(x - peak).
-  double log_sum() const {
-    const Vec top = splat(peak);
-    double total = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      Vec sum = zero();
-      for (int i = 0; i < kBlock; i += kLanes) sum = sum + exp(load(x + b * kBlock + i) - top);
-      total += double(reduce_add(sum));
-    }
-    return std::log(total);
+    int64_t b = 0;
+    while (maxima[b] != peak) ++b;
+    int i = 0;
+    while (block[b][i] != peak) ++i;
+    return int32_t(b * kBlock + i);
   }
 
   // Every token of a finite logit >= bound, with weight 1.
@@ -197,10 +256,13 @@ struct Row {
     int64_t count = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       if (!(maxima[b] >= bound)) continue;
-      for (int64_t i = b * kBlock; i < (b + 1) * kBlock; ++i) {
-        memory[count] = {double(x[i]), 1.0, int32_t(i)};
-        count += x[i] >= bound;
+      int32_t ids[kBlock];
+      int found = 0;
+      for (int i = 0; i < kBlock; ++i) {
+        ids[found] = i;
+        found += block[b][i] >= bound;
       }
+      for (int i = 0; i < found; ++i) memory[count++] = {double(block[b][ids[i]]), 1.0, int32_t(b * kBlock + ids[i])};
     }
     return {memory, count};
   }
@@ -208,9 +270,17 @@ struct Row {
   // At least the `count` most probable tokens and those that tie with them, where there are as many.
   Candidates collect_at_least(int64_t count) const {
     if (count > blocks) return collect(-kInfinity);
-    // As many blocks hold a logit of at least the count-th largest maximum, so no smaller one is among the first.
-    for (int64_t b = 0; b < blocks; ++b) memory[b] = {double(maxima[b]), 1.0, int32_t(b)};
-    return collect(float(select_by_count({memory, blocks}, count)));
+    // As many groups of blocks hold a logit of at least the count-th largest maximum, so no smaller one is among the first.
+    // With several times as many groups as tokens hardly more tokens than needed are above that bound.
+    int64_t group = blocks / (4 * count);
+    group = group < 1 ? 1 : group;
+    int64_t groups = 0;
+    for (int64_t first = 0; first < blocks; first += group) {
+      float top = -kInfinity;
+      for (int64_t b = first; b < first + group && b < blocks; ++b) top = maxima[b] > top ? maxima[b] : top;
+      memory[groups++] = {double(top), 1.0, int32_t(first)};
+    }
+    return collect(float(select_by_count({memory, groups}, count)));
   }
 
   double scaled(double logit, double temperature) const { return (logit - double(peak)) / temperature; }
@@ -224,8 +294,9 @@ struct Row {
   // Of all tokens.
   double total_mass(double temperature) const {
     Wide sum{};
-    for (int64_t i = 0; i < blocks * kBlock; i += kWideLanes)
-      sum += exp_negative<Wide, WideBits>((load_wide(x + i) - double(peak)) / temperature);
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int i = 0; i < kBlock; i += kWideLanes)
+        sum += exp_negative<Wide, WideBits>((load_wide(block[b] + i) - double(peak)) / temperature);
     double total = 0;
     for (int i = 0; i < kWideLanes; ++i) total += sum[i];
     return total;
@@ -246,8 +317,8 @@ struct Row {
 
 // Penalties, bias and the mask of allowed tokens.
 void adjust(Row& row, const SampleRow& sample) {
-  float* x = row.x;
   const auto known = [&](int32_t id) { return id >= 0 && id < row.vocabulary; };
+  const auto set = [&](int32_t id, float value) { row.writable(id / kBlock)[id % kBlock] = finite(value); };
   for (int64_t i = 0; i < sample.history_length; ++i)
     if (known(sample.history[i])) row.counts[sample.history[i]] = 0;
   for (int64_t i = 0; i < sample.history_length; ++i)
@@ -255,33 +326,36 @@ void adjust(Row& row, const SampleRow& sample) {
   for (int64_t i = 0; i < sample.history_length; ++i) {
     const int32_t id = sample.history[i];
     if (!known(id) || row.counts[id] == 0) continue;
-    const float repeated = x[id] < 0 ? x[id] * sample.repeat_penalty : x[id] / sample.repeat_penalty;
+    const float x = row.at(id), repeated = x < 0 ? x * sample.repeat_penalty : x / sample.repeat_penalty;
     const double frequency = double(sample.frequency_penalty) * row.counts[id];
-    x[id] = finite(float((double(repeated) - frequency) - double(sample.presence_penalty)));
+    set(id, float((double(repeated) - frequency) - double(sample.presence_penalty)));
     row.counts[id] = 0;
   }
   for (int64_t i = 0; i < sample.bias_length; ++i)
-    if (known(sample.bias_ids[i])) x[sample.bias_ids[i]] = finite(x[sample.bias_ids[i]] + sample.bias_values[i]);
+    if (known(sample.bias_ids[i])) set(sample.bias_ids[i], row.at(sample.bias_ids[i]) + sample.bias_values[i]);
   if (sample.allowed)
     for (int64_t word = 0; word * 32 < row.vocabulary; ++word) {
       const uint32_t bits = sample.allowed[word];
       if (bits == ~uint32_t{0}) continue;
-      for (int i = 0; i < 32; ++i) x[word * 32 + i] = bits >> i & 1 ? x[word * 32 + i] : -kInfinity;
+      float* x = row.writable(word * 32 / kBlock) + word * 32 % kBlock;
+      for (int i = 0; i < 32; ++i) x[i] = bits >> i & 1 ? x[i] : -kInfinity;
     }
-  row.find_maxima();
+  for (int64_t b = 0; b < row.blocks; ++b)
+    if (row.block[b] == row.copies + b * kBlock) row.find_maximum(b);
+  row.find_peak();
 }
 
 // Locally typical tokens (Meister et al. 2022): those whose surprise is nearest to the entropy, up to a mass.
 void keep_typical(const Row& row, Candidates& c, double temperature, double mass) {
   const double total = total_weight(c), log_total = std::log(total);
-  const auto surprise = [&](const Candidate& candidate) { return log_total - row.scaled(double(row.x[candidate.id]), temperature); };
+  const auto surprise = [&](const Candidate& candidate) { return log_total - row.scaled(double(row.at(candidate.id)), temperature); };
   double entropy = 0;
   for (int64_t i = 0; i < c.count; ++i) entropy += c.at[i].weight * surprise(c.at[i]);
   entropy /= total;
   for (int64_t i = 0; i < c.count; ++i) c.at[i].key = -std::fabs(surprise(c.at[i]) - entropy);
   const double least = c.at[select_by_mass(c, mass * total, false)].key;
   keep_where(c, [=](const Candidate& candidate) { return candidate.key >= least; });
-  for (int64_t i = 0; i < c.count; ++i) c.at[i].key = double(row.x[c.at[i].id]);
+  for (int64_t i = 0; i < c.count; ++i) c.at[i].key = double(row.at(c.at[i].id));
 }
 
 int32_t choose(const Row& row, const SampleRow& sample) {
@@ -323,7 +397,6 @@ float log_probability(double logit, double log_total) { return float(std::fmax(l
 
 void sample_row(Row& row, const float* logits, const SampleRow& sample) {
   row.read(logits);
-  const double log_total = row.peak > -kInfinity ? double(row.peak) + row.log_sum() : 0.0;
   if (sample.top_logprobs > 0) {
     Candidates top = row.collect_at_least(sample.top_logprobs);
     if (top.count > sample.top_logprobs) {
@@ -333,12 +406,12 @@ void sample_row(Row& row, const float* logits, const SampleRow& sample) {
     sort(top.at, 0, top.count);
     for (int i = 0; i < sample.top_logprobs; ++i) {
       sample.top_ids[i] = i < top.count ? top.at[i].id : -1;
-      sample.top_values[i] = i < top.count ? log_probability(top.at[i].key, log_total) : -kInfinity;
+      sample.top_values[i] = i < top.count ? log_probability(top.at[i].key, row.log_total) : -kInfinity;
     }
   }
   if (sample.history_length > 0 || sample.bias_length > 0 || sample.allowed) adjust(row, sample);
   *sample.token = choose(row, sample);
-  *sample.logprob = *sample.token < 0 ? -kInfinity : log_probability(double(finite(logits[*sample.token])), log_total);
+  *sample.logprob = *sample.token < 0 ? -kInfinity : log_probability(double(finite(logits[*sample.token])), row.log_total);
 }
 
 }  // namespace
@@ -348,12 +421,13 @@ void sample_row(Row& row, const float* logits, const SampleRow& sample) {
 void sample(ThreadPool& pool, const float* logits, int64_t vocabulary, const SampleRow* rows, int64_t count) {
   const int64_t blocks = (vocabulary + kBlock - 1) / kBlock, padded = blocks * kBlock;
   const int threads = count > 1 ? pool.threads() : 1;
-  const Buffer<float> floats((padded + blocks) * threads);
+  const Buffer<const float*> block(blocks * threads);
+  const Buffer<float> copies(padded * threads), maxima(blocks * threads);
   const Buffer<int32_t> counts(vocabulary * threads);
-  const Buffer<Candidate> candidates((padded + 1) * threads);
+  const Buffer<Candidate> candidates(padded * threads);
   pool.run(count, 1, [&](int64_t begin, int64_t end, int thread) {
-    float* x = floats.data + thread * (padded + blocks);
-    Row row{x, x + padded, counts.data + thread * vocabulary, candidates.data + thread * (padded + 1), vocabulary, blocks, 0};
+    Row row{block.data + thread * blocks, copies.data + thread * padded, maxima.data + thread * blocks,
+            counts.data + thread * vocabulary, candidates.data + thread * padded, nullptr, vocabulary, blocks, 0, 0};
     for (int64_t i = begin; i < end; ++i) sample_row(row, logits + i * vocabulary, rows[i]);
   });
 }

@@ -12,9 +12,10 @@ namespace puna {
 namespace {
 
 constexpr uint64_t kOpen = uint64_t{1} << 31;
-constexpr uint64_t kInside = kOpen - 1;
+constexpr uint64_t kWaiting = uint64_t{1} << 30;
+constexpr uint64_t kInside = kWaiting - 1;
 constexpr int kLoopShift = 32;
-constexpr auto kSpin = std::chrono::microseconds(60);
+constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kPausesPerCheck = 32;
 
 inline void pause() {
@@ -23,6 +24,19 @@ inline void pause() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// Waits for a condition without sleeping, for about kSpin; whether it came true.
+template <class Condition>
+bool spin(const Condition& condition) {
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < kPausesPerCheck; i++) {
+      if (condition()) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < deadline);
+  return false;
 }
 
 }  // namespace
@@ -58,8 +72,17 @@ void ThreadPool::run_erased(int64_t count, int64_t grain, const void* context, E
   if (sleeping_.load() > 0) wake();
   take_chunks(0);
   gate_.fetch_and(~kOpen);
-  // Yield after a while: whoever holds the last chunk may be waiting for this very core.
-  for (int spins = 0; gate_.load(std::memory_order_acquire) & kInside; spins++) spins < 2000 ? pause() : std::this_thread::yield();
+  if (!(gate_.load(std::memory_order_acquire) & kInside)) return;
+  if (!spin([this] { return !(gate_.load(std::memory_order_acquire) & kInside); })) wait_for_workers();
+}
+
+// Sleeps until no worker is inside. Sleeping gives this core to a worker that was put aside on its own with a chunk in hand.
+void ThreadPool::wait_for_workers() {
+  for (;;) {
+    const uint32_t bell = caller_bell_;
+    if (!(gate_.fetch_or(kWaiting) & kInside)) return;
+    caller_bell_.wait(bell);
+  }
 }
 
 void ThreadPool::take_chunks(int thread) {
@@ -80,29 +103,22 @@ bool ThreadPool::join(uint64_t gate) {
 
 // Waits until the gate shows another loop than number `seen`, or stop_.
 uint64_t ThreadPool::wait_for_loop(uint64_t seen) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
-  do {
-    for (int i = 0; i < kPausesPerCheck; i++) {
-      const uint64_t gate = gate_.load(std::memory_order_acquire);
-      if (gate >> kLoopShift != seen || stop_) return gate;
-      pause();
-    }
-  } while (std::chrono::steady_clock::now() < deadline);
+  const auto changed = [&] { return gate_.load(std::memory_order_acquire) >> kLoopShift != seen || stop_; };
+  if (spin(changed)) return gate_;
   // Read the bell, say that we sleep, look at the gate again: whoever opens it after that look rings for us.
   for (;;) {
-    const uint32_t bell = bell_;
+    const uint32_t bell = worker_bell_;
     sleeping_.fetch_add(1);
-    const uint64_t gate = gate_;
-    const bool changed = gate >> kLoopShift != seen || stop_;
-    if (!changed) bell_.wait(bell);
+    const bool awake = changed();
+    if (!awake) worker_bell_.wait(bell);
     sleeping_.fetch_sub(1);
-    if (changed) return gate;
+    if (awake) return gate_;
   }
 }
 
 void ThreadPool::wake() {
-  bell_.fetch_add(1);
-  bell_.notify_all();
+  worker_bell_.fetch_add(1);
+  worker_bell_.notify_all();
 }
 
 void ThreadPool::work(int thread) {
@@ -113,7 +129,11 @@ void ThreadPool::work(int thread) {
     seen = gate >> kLoopShift;
     if (!join(gate)) continue;
     take_chunks(thread);
-    gate_.fetch_sub(1, std::memory_order_release);
+    const uint64_t before = gate_.fetch_sub(1);
+    if (before & kWaiting && (before & kInside) == 1) {
+      caller_bell_.fetch_add(1);
+      caller_bell_.notify_one();
+    }
   }
 }
 

@@ -1,7 +1,8 @@
 // Data-parallel loops over a fixed team of threads. The caller takes part, so a pool of 1 has no threads of its own.
 //
 // Work is taken in chunks from one counter, and a loop ends when every chunk is done: a worker that the operating system has
-// put aside is not waited for unless it holds a chunk. Workers spin for some tens of microseconds after a loop, then sleep.
+// put aside is not waited for unless it holds a chunk. Whoever waits (workers for a loop, the caller for the last chunks) spins for
+// some tens of microseconds, then sleeps.
 // After fork() the child's pool still works, on the calling thread alone (unless a loop was running at that moment).
 #pragma once
 
@@ -40,6 +41,7 @@ class ThreadPool {
   void take_chunks(int thread);
   bool join(uint64_t seen);
   uint64_t wait_for_loop(uint64_t seen);
+  void wait_for_workers();
   void wake();
 
   // The loop being run. Written by the caller while no worker is inside.
@@ -48,9 +50,10 @@ class ThreadPool {
   int64_t count_ = 0, grain_ = 1;
 
   alignas(64) std::atomic<int64_t> next_{0};  // first item that nobody has taken
-  alignas(64) std::atomic<uint64_t> gate_{0};  // loop number << 32 | open flag | workers inside
+  alignas(64) std::atomic<uint64_t> gate_{0};  // loop number << 32 | open flag | caller sleeps | workers inside
   alignas(64) std::atomic<int> sleeping_{0};
-  std::atomic<uint32_t> bell_{0};  // sleepers wait for it to change; unlike a condition variable it survives fork()
+  // Sleepers wait for these to change; unlike a condition variable they survive fork().
+  std::atomic<uint32_t> worker_bell_{0}, caller_bell_{0};
   std::atomic<bool> stop_{false};
   std::mutex caller_mutex_;
   std::vector<std::thread> workers_;

@@ -1,11 +1,23 @@
-"""Where the tests find real data. Both places may be absent; the tests that need them then skip and say why."""
+"""Where the tests find real data. Both places may be absent; the tests that need them then skip and say why.
+
+PUNA_TEST_NATIVE names a build of the native extension to test in place of the installed one (see `make sanitize`).
+"""
 
 import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+if "PUNA_TEST_NATIVE" in os.environ:
+    spec = spec_from_file_location("puna._native", os.environ["PUNA_TEST_NATIVE"])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["puna._native"] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["puna._native"])
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,10 @@ def test_impossible_numbers_of_threads(count: int) -> None:
             NativeOps(count)
 
 
+def period(group: str, microseconds: str) -> dict[str, str]:
+    return {f"{group}/cpu.cfs_period_us": microseconds}
+
+
 def machine(path: Path, siblings: list[str], files: dict[str, str]) -> None:
     for cpu, value in enumerate(siblings):
         file = path / f"cpu{cpu}" / "topology" / "thread_siblings_list"
@@ -126,6 +130,30 @@ def machine(path: Path, siblings: list[str], files: dict[str, str]) -> None:
         ({0, 1, 2, 3}, [], {"cpu.max": "nonsense"}, 4),
         ({0, 1, 2, 3}, [], {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
         ({0, 1, 2, 3}, [], {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({0, 1, 2, 3}, [], {"cpu.max": "0 0"}, 4),
+        # A group within limited groups: version 2, then version 1 under both of its names, then both versions.
+        ({0, 1, 2, 3}, [], {"self": "0::/a/b\n", "a/b/cpu.max": "max 100000\n", "a/cpu.max": "200000 100000\n"}, 2),
+        ({0, 1, 2, 3}, [], {"self": "0::/a/b\n", "a/b/cpu.max": "100000 100000\n", "a/cpu.max": "300000 100000\n"}, 1),
+        (
+            {0, 1, 2, 3},
+            [],
+            {"self": "7:cpu:/a:b\n", "cpu/a:b/cpu.cfs_quota_us": "20000", **period("cpu/a:b", "10000")},
+            2,
+        ),
+        (
+            {0, 1, 2, 3},
+            [],
+            {
+                "self": "3:cpuset:/x\n2:cpu,cpuacct:/a\n",
+                "cpu,cpuacct/a/cpu.cfs_quota_us": "2",
+                **period("cpu,cpuacct/a", "1"),
+            },
+            2,
+        ),
+        ({0, 1, 2, 3}, [], {"self": "1:cpu:/\n0::/a\n", "unified/a/cpu.max": "300000 100000\n"}, 3),
+        # A container: the host's path, which isn't there, and the group itself as the root; a path above the namespace.
+        ({0, 1, 2, 3}, [], {"self": "0::/docker/0123\n", "cpu.max": "200000 100000\n"}, 2),
+        ({0, 1, 2, 3}, [], {"self": "0::/../a\n", "a/cpu.max": "200000 100000\n"}, 2),
     ],
 )
 def test_default_threads(
@@ -138,6 +166,7 @@ def test_default_threads(
 ) -> None:
     machine(tmp_path, siblings, files)
     monkeypatch.setattr(threads, "CGROUP", tmp_path)
+    monkeypatch.setattr(threads, "MEMBERSHIP", tmp_path / "self")
     monkeypatch.setattr(threads, "TOPOLOGY", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity)
     assert threads.default_threads() == expected
