@@ -216,6 +216,25 @@ nb::list sample(Native& native, const ConstFloats& logits, const nb::sequence& r
   return result;
 }
 
+// data uint8[n] of a multiple of 64 bytes, aligned to 64
+void read_memory(Native& native, const Array<const uint8_t, 1>& data) {
+  check(data.size() % 64 == 0 && reinterpret_cast<uintptr_t>(data.data()) % 64 == 0, "read_memory: not whole, aligned lines of 64 bytes");
+  const uint8_t* from = data.data();
+  const int64_t bytes = int64_t(data.size());
+  nb::gil_scoped_release release;
+  native.kernels->read_memory(native.pool, from, bytes);
+}
+
+int64_t multiply_int8(Native& native, int64_t rounds) {
+  nb::gil_scoped_release release;
+  return native.kernels->multiply_int8(native.pool, rounds);
+}
+
+int64_t multiply_float32(Native& native, int64_t rounds) {
+  nb::gil_scoped_release release;
+  return native.kernels->multiply_float32(native.pool, rounds);
+}
+
 }  // namespace
 
 // What is written to must be the caller's own array, never a converted copy.
@@ -229,7 +248,10 @@ void bind_rest(nb::class_<Native>& native) {
       .def("attend", &attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out").noconvert(), nb::arg("keys").noconvert(),
            nb::arg("values").noconvert(),
            nb::arg("positions"), nb::arg("slots"), nb::arg("seq_starts"), nb::arg("block_tables"))
-      .def("sample", &sample, nb::arg("logits"), nb::arg("rows"));
+      .def("sample", &sample, nb::arg("logits"), nb::arg("rows"))
+      .def("read_memory", &read_memory, nb::arg("data").noconvert())
+      .def("multiply_int8", &multiply_int8, nb::arg("rounds"), "Returns the operations done; see csrc/limits.cpp.")
+      .def("multiply_float32", &multiply_float32, nb::arg("rounds"), "Returns the operations done; see csrc/limits.cpp.");
 }
 
 }  // namespace puna
