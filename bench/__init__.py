@@ -1,0 +1,1 @@
+"""Measuring Puna: see docs/performance.md. Not part of the installed package."""

