@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bind.hpp"
+#include "panel.hpp"
 
 namespace puna {
 namespace {
@@ -65,6 +66,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Puna's native core: see puna.ops.native_ops.";
   nb::set_leak_warnings(false);  // models may outlive the module at interpreter exit
 
+  m.attr("panel_layout") = kPanelLayout;
   m.def("packed_bytes", &packed_bytes, nb::arg("type"), nb::arg("rows"), nb::arg("columns"),
         "Bytes of the packed form of a matrix; 0 when the type has none for this shape.");
   m.def(
@@ -105,6 +107,7 @@ NB_MODULE(_native, m) {
       .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual").none(),
            nb::arg("outs").noconvert());
   bind_rest(native);
+  bind_bpe(m);
 }
 
 }  // namespace puna
