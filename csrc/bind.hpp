@@ -1,4 +1,4 @@
-// What the two binding sources share. Python sees one class, `Native(threads, isa)`: a thread pool and the kernels it drives.
+// What the binding sources share. Python sees one class, `Native(threads, isa)`: a thread pool and the kernels it drives.
 //
 // A method checks the shapes that memory safety depends on (`check`), then releases the GIL around the kernel call.
 // Outputs are arrays that the caller allocated; nothing here allocates results.
@@ -49,5 +49,7 @@ void check_batch(const AttendArgs& args);
 
 // bind_rest.cpp: everything but the linear layers.
 void bind_rest(nb::module_& m, nb::class_<Native>& native);
+// bpe.cpp: vocabularies, which need no Native.
+void bind_bpe(nb::module_& m);
 
 }  // namespace puna

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "panel.hpp"
 #include "program.hpp"
 
 namespace puna {
@@ -58,6 +59,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Puna's native core: see puna.ops.native_ops.";
   nb::set_leak_warnings(false);  // models may outlive the module at interpreter exit
 
+  m.attr("panel_layout") = kPanelLayout;
   m.def("packed_bytes", &packed_bytes, nb::arg("type"), nb::arg("rows"), nb::arg("columns"),
         "Bytes of the packed form of a matrix; 0 when the type has none for this shape.");
   m.def(
@@ -99,6 +101,7 @@ NB_MODULE(_native, m) {
            nb::arg("outs").noconvert());
   bind_rest(m, native);
   bind_program(m, native);
+  bind_bpe(m);
 }
 
 }  // namespace puna

@@ -29,6 +29,8 @@
 
 namespace puna {
 
+// The version of all of the above: raised with every change of the bytes, so that packed files of another layout are not used.
+constexpr int kPanelLayout = 1;
 constexpr int kPanelRows = 16;
 constexpr int kGroup = 32;
 

@@ -22,6 +22,15 @@ import numpy as np
 from puna.errors import CheckpointError
 from puna.tensor import QUANT_TYPES, Weight
 
+try:
+    from puna._native import read_strings
+except ImportError:  # the extension was not built
+
+    def read_strings(buffer: Any, start: int, end: int, count: int) -> tuple[list[str], int] | None:
+        """Left to the loop in Python."""
+        return None
+
+
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 MAX_HEADER_BYTES = 1 << 26
@@ -189,7 +198,11 @@ class _Reader:
         return self.texts(1, what)[0]
 
     def texts(self, count: int, what: str) -> list[str]:
-        # A vocabulary is several hundred thousand strings: this loop is most of the time of opening a model.
+        # A vocabulary is several hundred thousand strings. The loop below says what is wrong with damaged ones.
+        if count > 1 and (found := read_strings(self.buffer, self.at, self.end, count)) is not None:
+            strings: list[str] = found[0]
+            self.at = found[1]
+            return strings
         buffer, at, end, integer = self.buffer, self.at, self.end, int.from_bytes
         result: list[str] = []
         append = result.append

@@ -13,7 +13,7 @@ import numpy as np
 from puna.errors import TokenizerError
 from puna.tokenizer.patterns import LLAMA3_NAMES, name_of, splits_of
 from puna.tokenizer.tokenizer import Tokenizer
-from puna.tokenizer.vocabulary import TokenType, Vocabulary, derive_merges_from_scores
+from puna.tokenizer.vocabulary import JoinedMerges, TokenType, Vocabulary, derive_merges_from_scores
 
 _PREFIX = "tokenizer.ggml."
 # Written where the vocabulary has such a token: llama.cpp stops at each of them.
@@ -90,18 +90,12 @@ def _byte_level(metadata: Mapping[str, Any]) -> Vocabulary:
     pieces = _texts(metadata, "tokens")
     pre = metadata.get(_PREFIX + "pre")
     splits = splits_of(pre)
-    merges: list[tuple[str, str]] = []
-    for merge in _texts(metadata, "merges"):
-        left, space, right = merge.partition(" ")
-        if not left or not space or not right:
-            raise TokenizerError(f"tokenizer.ggml.merges: {merge[:100]!r} is not a pair of tokens")
-        merges.append((left, right))
     return Vocabulary(
         kind="bpe",
         pieces=pieces,
         types=_types(metadata, len(pieces)),
         scores=[],
-        merges=merges,
+        merges=JoinedMerges(_texts(metadata, "merges")),
         splits=splits,
         ignore_merges=pre in LLAMA3_NAMES,
         **_special_ids(metadata, {}),
@@ -130,12 +124,12 @@ def _special_ids(metadata: Mapping[str, Any], defaults: dict[str, int]) -> dict[
 def _types(metadata: Mapping[str, Any], count: int) -> list[int]:
     if _PREFIX + "token_type" not in metadata:
         return [int(TokenType.NORMAL)] * count
-    return [int(kind) for kind in _array(metadata, "token_type")]
+    return list(map(int, _array(metadata, "token_type")))
 
 
 def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
     values = _array(metadata, key)
-    if not all(isinstance(value, str) for value in values):
+    if not {str}.issuperset(map(type, values)):
         raise TokenizerError(f"tokenizer.ggml.{key} must be an array of strings")
     return values
 

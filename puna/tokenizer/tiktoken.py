@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterable
 
 from puna.errors import TokenizerError
 from puna.tokenizer.patterns import LLAMA3_SPLITS, LLAMA4_SPLITS
@@ -122,7 +123,7 @@ def write_ranks(vocabulary: Vocabulary) -> bytes | None:
     return b"".join(lines)
 
 
-def _merged_by_rank(pieces: list[str], merges: list[tuple[str, str]]) -> bool:
+def _merged_by_rank(pieces: list[str], merges: Iterable[tuple[str, str]]) -> bool:
     """Whether the merges are all that the ranks imply, in the order of the formed token's rank."""
     rank = {piece: i for i, piece in enumerate(pieces)}
     order = [rank.get(left + right, -1) for left, right in merges]

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-import tokenizers
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import normalizers
 
 from puna.errors import TokenizerError
 from puna.tokenizer import huggingface, sentencepiece, tiktoken
+from puna.tokenizer.encoder import plain_encoder
 from puna.tokenizer.vocabulary import CHAR_TO_BYTE, SPACE, TokenType, Vocabulary, byte_value
 
 # Control tokens after which generation is over, beside the one a file calls EOS: a chat model may end with either.
@@ -48,7 +48,7 @@ class Tokenizer:
         self.eos_ids = frozenset(ends if self.eos_id is None else ends | {self.eos_id})
         self.special_ids = frozenset(self.special_tokens.values())
         self._user_defined = vocabulary.ids_of(TokenType.USER_DEFINED)
-        self._library = _build_library(vocabulary)
+        self._encode_text = plain_encoder(vocabulary)
         self._charsmap = normalizers.Precompiled(vocabulary.charsmap) if vocabulary.charsmap else None
         self._bytes: list[bytes | None] = [None] * self.vocab_size
 
@@ -177,7 +177,7 @@ class Tokenizer:
 
     def _encode_plain(self, text: str) -> list[int]:
         try:
-            return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids  # fast: without offsets
+            return self._encode_text(text)
         except BaseException as error:
             # The library's panic is not an Exception. It comes from a pattern that backtracks without end, which needs
             # a hostile tokenizer file, or millions of capital letters in a row.
@@ -200,50 +200,6 @@ class Tokenizer:
         if rules.space_prefix != "segment" and text.startswith(SPACE):
             return text
         return SPACE + text
-
-
-def _build_library(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
-    """The library's object for plain text. It knows no control token, and does no normalization."""
-    hidden = (TokenType.CONTROL, TokenType.UNUSED)
-    visible = {
-        piece: i
-        for i, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
-        if kind not in hidden
-    }
-    try:
-        if vocabulary.kind == "unigram":
-            return tokenizers.Tokenizer(_unigram_model(vocabulary, set(visible.values())))
-        unknown = vocabulary.ids_of(TokenType.UNKNOWN) if vocabulary.kind == "spm" else {}
-        library = tokenizers.Tokenizer(
-            models.BPE(
-                visible,
-                vocabulary.merges,
-                unk_token=next(iter(unknown), None),
-                fuse_unk=True,
-                byte_fallback=vocabulary.byte_fallback,
-                ignore_merges=vocabulary.ignore_merges,
-            )
-        )
-        if vocabulary.kind == "bpe":
-            cuts: list[Any] = [pre_tokenizers.Split(Regex(split), "isolated") for split in vocabulary.splits]
-            cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-            library.pre_tokenizer = pre_tokenizers.Sequence(cuts)
-        elif SPACE in visible and not any(SPACE in piece.lstrip(SPACE) for piece in visible):
-            # No token spans the start of a word, so words can be merged (and cached) one by one: four times as fast.
-            library.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+"), "isolated")
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"the vocabulary is inconsistent: {error}") from error
-    return library
-
-
-def _unigram_model(vocabulary: Vocabulary, visible: set[int]) -> models.Unigram:
-    # The model wants one row for each id. One that no text may spell (the unknown token is one, too) gets a name with a
-    # space, which normalized text never holds.
-    rows = [
-        (piece if i in visible and i != vocabulary.unk_id else f" {i}", score)
-        for i, (piece, score) in enumerate(zip(vocabulary.pieces, vocabulary.scores, strict=True))
-    ]
-    return models.Unigram(rows, unk_id=vocabulary.unk_id, byte_fallback=vocabulary.byte_fallback)
 
 
 def _piece_bytes(vocabulary: Vocabulary, token: int) -> bytes:

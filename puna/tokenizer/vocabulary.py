@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, TypeAlias
@@ -44,6 +44,31 @@ def byte_level(data: bytes) -> str:
     return data.decode("latin-1").translate(_LATIN1_TO_ALPHABET)
 
 
+class JoinedMerges:
+    """Merges as GGUF files spell them, ``left right``, taken apart when they are asked for: few programs ever do.
+
+    Iterating raises TokenizerError for one that is no pair.
+    """
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for text in self.texts:
+            left, space, right = text.partition(" ")
+            if not left or not space or not right:
+                raise TokenizerError(f"tokenizer.ggml.merges: {text[:100]!r} is not a pair of tokens")
+            yield left, right
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (JoinedMerges, list)) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Everything that decides how text becomes ids. Index i of ``pieces``, ``types`` and ``scores`` is token id i.
@@ -68,7 +93,7 @@ class Vocabulary:
     pieces: list[str]
     types: list[int]
     scores: list[float]
-    merges: list[tuple[str, str]]
+    merges: list[tuple[str, str]] | JoinedMerges
     splits: tuple[str, ...] = ()
     ignore_merges: bool = False
     space_prefix: SpacePrefix = "never"
@@ -98,7 +123,7 @@ class Vocabulary:
             "".join(self.pieces).encode()
         except UnicodeEncodeError:
             raise TokenizerError("the vocabulary has a token that is not valid Unicode") from None
-        if TokenType.BYTE in self.types:
+        if self.byte_fallback:
             for piece, kind in zip(self.pieces, self.types, strict=True):
                 if kind == TokenType.BYTE:
                     byte_value(piece)
@@ -117,7 +142,7 @@ class Vocabulary:
     @property
     def byte_fallback(self) -> bool:
         """Whether characters without a token are spelled as byte tokens such as <0x0A>."""
-        return TokenType.BYTE in self.types
+        return int(TokenType.BYTE) in self.types  # compared as plain numbers, which is many times faster
 
 
 def byte_value(piece: str) -> int:

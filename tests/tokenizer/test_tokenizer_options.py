@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from puna.errors import TokenizerError
 from puna.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf, tokenizer_to_gguf
-from puna.tokenizer.tokenizer import _build_library
+from puna.tokenizer.encoder import library_for, plain_encoder
+from puna.tokenizer.patterns import GPT2_SPLITS
+from puna.tokenizer.vocabulary import BYTE_TO_CHAR, Vocabulary
 
 TEXTS = [
     "",
@@ -78,9 +82,9 @@ def test_words_merge_one_by_one_only_where_no_piece_spans_them(tmp_path: Path) -
     train(tmp_path, split_by_whitespace=False, remove_extra_whitespaces=False)
     spanning = load_tokenizer(tmp_path).vocabulary
     assert any("▁" in piece.lstrip("▁") for piece in spanning.pieces)
-    assert _build_library(spanning).pre_tokenizer is None
+    assert library_for(spanning).pre_tokenizer is None
     train(tmp_path)
-    assert _build_library(load_tokenizer(tmp_path).vocabulary).pre_tokenizer is not None
+    assert library_for(load_tokenizer(tmp_path).vocabulary).pre_tokenizer is not None
 
 
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
@@ -157,3 +161,26 @@ def test_unigram_is_only_read_and_written_as_sentencepiece(tokenizer_data: Path,
     again = load_tokenizer(tmp_path)
     for text in TEXTS:
         assert again.encode(text) == unigram.encode(text)
+
+
+MERGED = ["aaaaaaaa", "abcabcbcaab", "", "zzz", "a é", "ab" * 700, "caab bc\n\n cab", "🙂ab🙂", "\x00b"]
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_native_merging_is_the_librarys(whole_words: bool, data: st.DataObject) -> None:
+    """Hugging Face's tokenizers is the reference: random vocabularies, merges in any order, some given twice."""
+    letters = ["a", "b", "c", BYTE_TO_CHAR[32]]
+    pieces, merges = list(letters), []
+    for _ in range(data.draw(st.integers(0, 12))):
+        left, right = data.draw(st.sampled_from(pieces)), data.draw(st.sampled_from(pieces))
+        merges.append((left, right))
+        if left + right not in pieces:
+            pieces.append(left + right)
+    merges += data.draw(st.lists(st.sampled_from(merges), max_size=2)) if merges else []
+    types = [int(data.draw(st.sampled_from([1, 1, 1, 4])) if i >= 4 else 1) for i in range(len(pieces))]
+    vocabulary = Vocabulary("bpe", pieces, types, [], merges, GPT2_SPLITS, ignore_merges=whole_words)
+    encode, library = plain_encoder(vocabulary), library_for(vocabulary)
+    for text in [*MERGED, data.draw(st.text("abc \n\u00e9", max_size=60))]:
+        assert encode(text) == library.encode(text, add_special_tokens=False).ids
