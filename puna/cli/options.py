@@ -30,6 +30,19 @@ context_option: Decorator = click.option(
     help="Tokens of prompt and answer together (default: the model's, up to 8192).",
 )
 
+
+def speculative_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the choice of speculative decoding."""
+    function = click.option("--draft-model", help="A smaller model of the same vocabulary that drafts tokens.")(
+        function
+    )
+    return click.option(
+        "--speculative",
+        type=click.Choice(["ngram", "off"]),
+        help="ngram: draft tokens from what prompt and answer repeat; the answer is the same.",
+    )(function)
+
+
 # Option name, SamplingParams field, type, help. Names are ollama's where it has one.
 SAMPLING: list[tuple[str, str, Any, str]] = [
     ("--temperature", "temperature", click.FloatRange(0), "0: always the most probable token."),

@@ -16,6 +16,7 @@ from puna.cli.options import (
     ops_option,
     sampling_options,
     sampling_values,
+    speculative_options,
     threads_option,
 )
 from puna.cli.timings import print_timings, timing_facts
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @context_option
 @threads_option
 @ops_option
+@speculative_options
 @json_option
 def run(
     model: str,
@@ -50,6 +52,8 @@ def run(
     context_length: int | None,
     threads: int | None,
     ops: str | None,
+    speculative: str | None,
+    draft_model: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -63,7 +67,14 @@ def run(
     if text is None and not _on_a_terminal():
         raise click.UsageError("there is no prompt, and no terminal to chat on")
     started = time.perf_counter()
-    llm = LLM.load(model, context_length=context_length, threads=threads, ops=ops)
+    llm = LLM.load(
+        model,
+        context_length=context_length,
+        threads=threads,
+        ops=ops,
+        speculative=speculative,
+        draft_model=draft_model,
+    )
     load_seconds = time.perf_counter() - started
     values = sampling_values(options)
     if text is None:

@@ -17,10 +17,11 @@ from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
 from puna.chat.template import ChatTemplate
 from puna.checkpoint import open_checkpoint
-from puna.engine import Constraint, Engine, Request, SamplingParams
+from puna.engine import Constraint, Engine, Request, SamplingParams, Speculation
 from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
+from puna.llm.speculative import speculation as make_speculation
 from puna.model.model import Model
 from puna.ops.registry import make_ops
 from puna.store import resolve
@@ -54,6 +55,7 @@ class LLM:
         system: str | None = None,
         defaults: Mapping[str, Any] | None = None,
         context_length: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none."""
         self.model = model
@@ -70,6 +72,7 @@ class LLM:
             num_blocks=_cache_blocks(model, context, explicit=context_length is not None),
             context_length=context,
             block_size=BLOCK_SIZE,
+            speculation=speculation,
         )
         self.context_length = self.engine.context_length
 
@@ -81,12 +84,15 @@ class LLM:
         context_length: int | None = None,
         threads: int | None = None,
         ops: str | None = None,
+        speculative: str | Speculation | None = None,
+        draft_model: str | Path | None = None,
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
         ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to
-        the physical cores. ``ops``: ``native`` or ``reference``. Raises StoreError, CheckpointError, ConfigError,
-        TokenizerError.
+        the physical cores. ``ops``: ``native`` or ``reference``. ``speculative``: ``ngram`` or ``off``; ``draft_model``
+        is a smaller model of the same vocabulary, loaded in the same way (docs/speculative.md). Raises StoreError,
+        CheckpointError, ConfigError, TokenizerError, RequestError.
         """
         found = resolve(name_or_path)
         checkpoint = open_checkpoint(found.path)
@@ -96,13 +102,16 @@ class LLM:
                 f"{found.path} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the weights"
             )
         manifest = found.manifest
+        model_ops = make_ops(ops, threads)
+        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer)
         return cls(
-            Model.bind(make_ops(ops, threads), checkpoint.config, checkpoint.tensors),
+            Model.bind(model_ops, checkpoint.config, checkpoint.tensors),
             tokenizer,
             chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
             system=manifest.system if manifest else None,
             defaults=manifest.parameters if manifest else None,
             context_length=context_length,
+            speculation=speculation,
         )
 
     def __enter__(self) -> LLM:
