@@ -45,7 +45,7 @@ class DraftLength:
         self._accepted = FORGETTING * self._accepted + accepted
         self._tested = FORGETTING * self._tested + min(accepted + 1, drafted)
         self._waited = 0
-        self._pause = 0 if accepted else min(LONGEST_PAUSE, 2 * self._pause + 2)
+        self._pause = self._pause // 2 if accepted else min(LONGEST_PAUSE, 2 * self._pause + 2)
 
 
 class DraftCost:
@@ -78,13 +78,11 @@ class DraftCost:
         self._rows_seconds = FADING * self._rows_seconds + rows * seconds
         rows_mean, seconds_mean = self._rows / self._count, self._seconds / self._count
         variance = self._rows_rows / self._count - rows_mean * rows_mean
-        slope = self._row * self._step
-        if variance > 0.1:  # otherwise nearly all had the same number of rows, and the last slope stands
+        if variance > 0.1:  # otherwise nearly all had the same number of rows, and say nothing about others
             slope = (self._rows_seconds / self._count - rows_mean * seconds_mean) / variance
-        step = seconds_mean - slope * (rows_mean - 1)
-        if step > 0:
-            self._step = step
-            self._row = min(1.0, max(0.01, slope / step))
+            one_row = seconds_mean - slope * (rows_mean - 1)
+            self._row = min(1.0, max(0.01, slope / one_row)) if one_row > 0 else 1.0
+        self._step = seconds_mean / (1 + self._row * (rows_mean - 1))
 
     def observe_draft(self, tokens: int, seconds: float) -> None:
         """Learn from the drafting of so many tokens."""

@@ -174,6 +174,8 @@ class Speculator:
             if not work.samples:
                 continue
             sequence, row = work.sequence, next(plain_rows)
+            if work.num_tokens > 1:  # a first token does not wait for a draft
+                continue
             limit = min(self._max_tokens, sequence.longest_draft, left)
             wanted = sequence.draft_length.choose(price, limit) if limit > 0 else 0
             if wanted > 0:
