@@ -3,7 +3,7 @@
     python bench/attention.py --kv-types f16,q8_0 --contexts 512,2048,8192 --threads 2
 
 Decoding is one token over the context; prefill the last 512 tokens of it. GB/s are the cache's bytes read per second of
-decoding (layers enough that they are read from memory), GFLOP/s the products of scores and sums that causal attention needs.
+decoding (layers enough that they are read from memory), GFLOP/s the products that causal attention needs.
 Prints a table, then one JSON line. Quote figures of a quiet machine only.
 """
 

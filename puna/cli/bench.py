@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from puna.cli.options import json_option, kv_type_option, ops_option, threads_option
+from puna.cli.options import json_option, kv_type_option, ops_option, speculative_options, threads_option
 from puna.cli.progress import human_bytes
 from puna.errors import RequestError
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @threads_option
 @ops_option
 @kv_type_option
+@speculative_options
 @json_option
 def bench(
     model: str,
@@ -53,10 +54,8 @@ def bench(
     parallel: int,
     runs: int,
     compare: str | None,
-    threads: int | None,
-    ops: str | None,
-    kv_type: str | None,
     as_json: bool,
+    **load_options: Any,
 ) -> None:
     """Measure prefill and decode speed of MODEL with random tokens, greedily.
 
@@ -69,16 +68,22 @@ def bench(
         from puna.ops.threads import default_threads
         from puna.store import resolve
 
-        if ops == "reference":
+        if load_options["ops"] == "reference":
             raise RequestError("--compare measures the native ops; leave out --ops reference")
-        work = Work(resolve(model).path, prompt_tokens, gen_tokens, depth, parallel, threads or default_threads())
+        work = Work(
+            resolve(model).path,
+            prompt_tokens,
+            gen_tokens,
+            depth,
+            parallel,
+            load_options["threads"] or default_threads(),
+        )
         comparison = compare_with_llama_cpp(work, runs)
         if as_json:
             click.echo(json.dumps(comparison.facts()))
         else:
             print_comparison(comparison)
         return
-    load_options = {"threads": threads, "ops": ops, "kv_type": kv_type}
     result = _measure(model, prompt_tokens, gen_tokens, depth, parallel, runs, load_options)
     if as_json:
         click.echo(json.dumps(result))
@@ -104,10 +109,7 @@ def _measure(
     load_seconds = time.perf_counter() - started
     _prefill_seconds(llm, max(1, min(prompt_tokens, 32)), "warm up")  # touch every weight once
     prefill = [_prefill_seconds(llm, prompt_tokens, f"prefill {run}") for run in range(runs if prompt_tokens else 0)]
-    decode = [
-        _decode_tokens_per_second(llm, gen_tokens, depth, parallel, f"decode {run}")
-        for run in range(runs if gen_tokens else 0)
-    ]
+    decode = [_decode(llm, gen_tokens, depth, parallel, f"decode {run}") for run in range(runs if gen_tokens else 0)]
     return {
         "model": model,
         "ops": llm.model.ops.name,
@@ -119,8 +121,10 @@ def _measure(
         "parallel": parallel,
         "runs": runs,
         "prefill_tokens_per_second": prompt_tokens / statistics.median(prefill) if prefill else None,
-        "decode_tokens_per_second": statistics.median(decode) if decode else None,
+        "decode_tokens_per_second": statistics.median(speed for speed, _, _ in decode) if decode else None,
         "time_to_first_token_seconds": statistics.median(prefill) if prefill else None,
+        "drafted_tokens": sum(drafted for _, drafted, _ in decode),
+        "accepted_tokens": sum(accepted for _, _, accepted in decode),
         "load_seconds": load_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
     }
@@ -148,8 +152,8 @@ def _prefill_seconds(llm: LLM, tokens: int, salt: str) -> float:
     return stream.timings.prefill_seconds
 
 
-def _decode_tokens_per_second(llm: LLM, tokens: int, depth: int, parallel: int, salt: str) -> float:
-    """Of all sequences together, from when each has its first token on."""
+def _decode(llm: LLM, tokens: int, depth: int, parallel: int, salt: str) -> tuple[float, int, int]:
+    """Tokens per second of all sequences together, from when each has its first; drafted and accepted tokens."""
     streams = [_submit(llm, max(1, depth), f"{salt} {number}") for number in range(parallel)]
     while any(stream.timings.generated_tokens == 0 for stream in streams):
         llm.engine.step()
@@ -161,7 +165,9 @@ def _decode_tokens_per_second(llm: LLM, tokens: int, depth: int, parallel: int, 
     seconds = time.perf_counter() - started
     for stream in streams:
         llm.engine.cancel(stream.id)
-    return (now - before) / seconds
+    timings = [stream.timings for stream in streams]
+    drafted, accepted = sum(t.drafted_tokens for t in timings), sum(t.accepted_tokens for t in timings)
+    return (now - before) / seconds, drafted, accepted
 
 
 def peak_rss_bytes() -> int:
@@ -177,6 +183,8 @@ def _print(result: dict[str, Any]) -> None:
         click.echo(f"  prefill of {result['prompt_tokens']} tokens   {speed:10.1f} tokens/s")
     if result["gen_tokens"]:
         click.echo(f"  decode of {result['gen_tokens']} tokens    {result['decode_tokens_per_second']:10.1f} tokens/s")
+    if result["drafted_tokens"]:
+        click.echo(f"  drafted tokens accepted {result['accepted_tokens']:6} of {result['drafted_tokens']}")
     if result["depth"] or result["parallel"] > 1:
         click.echo(f"    after {result['depth']} tokens, {result['parallel']} sequences together")
     if result["prompt_tokens"]:

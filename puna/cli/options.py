@@ -24,7 +24,9 @@ ops_option: Decorator = click.option(
     "--ops", type=click.Choice(["native", "reference"]), help="Implementation to run on."
 )
 kv_type_option: Decorator = click.option(
-    "--kv-type", type=click.Choice(["f16", "bf16", "q8_0", "f32"]), help="What the key/value cache holds (default: f16)."
+    "--kv-type",
+    type=click.Choice(["f16", "bf16", "q8_0", "f32"]),
+    help="What the key/value cache holds (default: f16).",
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 context_option: Decorator = click.option(
@@ -32,6 +34,19 @@ context_option: Decorator = click.option(
     type=click.IntRange(1),
     help="Tokens of prompt and answer together (default: the model's, up to 8192).",
 )
+
+
+def speculative_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the choice of speculative decoding."""
+    function = click.option("--draft-model", help="A smaller model of the same vocabulary that drafts tokens.")(
+        function
+    )
+    return click.option(
+        "--speculative",
+        type=click.Choice(["ngram", "off"]),
+        help="ngram: draft tokens from what prompt and answer repeat; the answer is the same.",
+    )(function)
+
 
 # Option name, SamplingParams field, type, help. Names are ollama's where it has one.
 SAMPLING: list[tuple[str, str, Any, str]] = [

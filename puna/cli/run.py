@@ -17,6 +17,7 @@ from puna.cli.options import (
     ops_option,
     sampling_options,
     sampling_values,
+    speculative_options,
     threads_option,
 )
 from puna.cli.timings import print_timings, timing_facts
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @threads_option
 @ops_option
 @kv_type_option
+@speculative_options
 @json_option
 def run(
     model: str,
@@ -53,6 +55,8 @@ def run(
     threads: int | None,
     ops: str | None,
     kv_type: str | None,
+    speculative: str | None,
+    draft_model: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -66,7 +70,15 @@ def run(
     if text is None and not _on_a_terminal():
         raise click.UsageError("there is no prompt, and no terminal to chat on")
     started = time.perf_counter()
-    llm = LLM.load(model, context_length=context_length, threads=threads, ops=ops, kv_type=kv_type)
+    llm = LLM.load(
+        model,
+        context_length=context_length,
+        threads=threads,
+        ops=ops,
+        kv_type=kv_type,
+        speculative=speculative,
+        draft_model=draft_model,
+    )
     load_seconds = time.perf_counter() - started
     values = sampling_values(options)
     if text is None:

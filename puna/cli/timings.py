@@ -25,8 +25,11 @@ def timing_facts(timings: Timings, load_seconds: float) -> dict[str, Any]:
 
 def print_timings(timings: Timings, load_seconds: float | None = None) -> None:
     """The timings as lines on standard error."""
+    hidden = {"load_seconds"} if load_seconds is None else set()
+    if not timings.drafted_tokens:
+        hidden |= {"drafted_tokens", "accepted_tokens"}
     for name, value in timing_facts(timings, load_seconds or 0.0).items():
-        if name != "load_seconds" or load_seconds is not None:
+        if name not in hidden:
             click.echo(f"{name.replace('_', ' ') + ':':27}{value}", err=True)
 
 

@@ -2,6 +2,7 @@
 
 from puna.engine.engine import Engine, Stream
 from puna.engine.request import Constraint, ConstraintState, Event, FinishReason, Request, SamplingParams, Timings
+from puna.engine.speculation import Speculation
 
 __all__ = [
     "Constraint",
@@ -11,6 +12,7 @@ __all__ = [
     "FinishReason",
     "Request",
     "SamplingParams",
+    "Speculation",
     "Stream",
     "Timings",
 ]

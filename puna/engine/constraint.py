@@ -84,13 +84,13 @@ class _GrammarConstraint:
         self._vocab_size = vocab_size
 
     def start(self) -> ConstraintState:
-        return _GrammarState(self._matcher.deep_copy(), self._vocab_size)
+        return _GrammarState(self._matcher.deep_copy(), _mask_words(self._vocab_size))
 
 
 class _GrammarState:
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, words: int) -> None:
         self._matcher = matcher
-        self._words = _mask_words(vocab_size)
+        self._words = words
 
     @property
     def complete(self) -> bool:
@@ -106,6 +106,9 @@ class _GrammarState:
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)
         self._check()
+
+    def fork(self) -> ConstraintState:
+        return _GrammarState(self._matcher.deep_copy(), self._words)
 
     def _check(self) -> None:
         if self._matcher.is_error():

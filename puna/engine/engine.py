@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import time
 from array import array
 from collections import deque
 from collections.abc import Collection, Iterator
+from collections.abc import Sequence as SequenceOf
 
 from puna.engine.block_pool import BlockPool
 from puna.engine.request import Event, Request, Timings
 from puna.engine.runner import RunnableModel, Runner
-from puna.engine.scheduler import Scheduler
+from puna.engine.scheduler import Scheduler, Work
 from puna.engine.sequence import Sequence
+from puna.engine.speculation import Limits, Speculation, Speculator
 from puna.errors import RequestError
+from puna.ops.protocol import Sampled, SamplingRow
 
 
 class Engine:
@@ -32,12 +36,14 @@ class Engine:
         kv_type: str | None = None,
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
+        speculation: Speculation | None = None,
     ) -> None:
         """Allocates the cache: ``num_blocks`` blocks of ``block_size`` tokens, or what fits in ``kv_memory_bytes``,
         or else room for one context.
 
-        ``context_length`` (prompt and answer) defaults to the model's, and is never more than the cache holds. ``kv_type``: what
-        the cache holds numbers as, see ``Ops.new_kv``.
+        ``context_length`` (prompt and answer) defaults to the model's, and is never more than the cache holds.
+        ``kv_type``: what the cache holds numbers as, see ``Ops.new_kv``. ``speculation`` computes several tokens of an
+        answer in one step, where that is faster; they are the same ones.
         Raises RequestError when a number is not possible.
         """
         for name, value in (
@@ -68,6 +74,11 @@ class Engine:
         kv = model.ops.new_kv(model.config, num_blocks, block_size, kv_type)
         max_blocks = self.scheduler.pool.blocks_for(self.context_length)
         self._runner = Runner(model, kv, max_batch_tokens, max_sequences, max_blocks)
+        self._speculator: Speculator | None = None
+        if speculation is not None:
+            vocab_size = model.config.vocab_size
+            limits = Limits(num_blocks, block_size, self.context_length, max_batch_tokens, max_sequences, vocab_size)
+            self._speculator = Speculator(speculation, limits, self.scheduler)
         self._ids = itertools.count()
         self._streams: dict[int, Stream] = {}
 
@@ -86,7 +97,9 @@ class Engine:
         return stream
 
     def step(self) -> list[Event]:
-        """Compute one batch: at most one new token for each request. Streams receive these events too.
+        """Compute one batch: a new token for each request that has caught up, and more where a draft was right.
+
+        Streams receive these events too.
 
         An exception of the model leaves every request as it was before the step.
         """
@@ -100,7 +113,7 @@ class Engine:
             else:
                 works.append(work)
         if works:
-            events += self.scheduler.update(works, self._runner.run(works, rows))
+            events += self.scheduler.update(*self._run(works, rows))
         for event in events:
             self._deliver(event)
         return events
@@ -114,10 +127,23 @@ class Engine:
         self._deliver(event)
         return event
 
+    def _run(
+        self, works: SequenceOf[Work], rows: SequenceOf[SamplingRow]
+    ) -> tuple[SequenceOf[Work], SequenceOf[Sampled]]:
+        if self._speculator is None:
+            return works, self._runner.run(works, rows)
+        works, rows = self._speculator.extend(works, rows)
+        started = time.perf_counter()
+        sampled = self._runner.run(works, rows)
+        self._speculator.observe(works, time.perf_counter() - started)
+        return works, sampled
+
     def _deliver(self, event: Event) -> None:
         self._streams[event.request_id].push(event)
         if event.finish_reason is not None:
             del self._streams[event.request_id]
+            if self._speculator is not None:
+                self._speculator.release(event.request_id)
 
     def _check(self, request: Request) -> None:
         vocab_size = self.model.config.vocab_size

@@ -102,6 +102,9 @@ class ConstraintState(Protocol):
     def accept(self, token: int) -> None:
         """Take a token that was allowed."""
 
+    def fork(self) -> ConstraintState:
+        """A copy that goes its own way, to look ahead along a draft."""
+
 
 class Constraint(Protocol):
     """What an answer must look like. Immutable, so that any number of requests may share it."""
@@ -153,11 +156,14 @@ class Timings:
 
     Waiting for a place is ``queue_seconds``, from there to the first token ``prefill_seconds``, from there to the last
     ``decode_seconds``. ``cached_tokens`` of the prompt's tokens were not computed because an earlier request had them.
+    Of ``drafted_tokens`` that speculation proposed, ``accepted_tokens`` became part of the answer.
     """
 
     prompt_tokens: int
     cached_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0

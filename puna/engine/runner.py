@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from puna.config import ModelConfig
-from puna.engine.scheduler import Work
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
 
 
@@ -24,6 +24,30 @@ class RunnableModel(Protocol):
     def forward(self, batch: Batch, kv: KVCache) -> Array: ...
 
 
+class Cached(Protocol):
+    """Tokens whose keys and values lie in blocks: the first ``num_computed`` of them already do."""
+
+    tokens: array[int]
+    blocks: array[int]
+    num_computed: int
+
+
+class Part(Protocol):
+    """One sequence's part of a step (scheduler.Work)."""
+
+    @property
+    def sequence(self) -> Cached: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def draft(self) -> Sequence[int]: ...
+
+    @property
+    def samples(self) -> bool: ...
+
+
 class Runner:
     """Runs steps. The arrays of its batches are made once and overwritten by the next step."""
 
@@ -35,22 +59,23 @@ class Runner:
         self._tokens = np.zeros(max_batch_tokens, np.int32)
         self._positions = np.zeros(max_batch_tokens, np.int32)
         self._slots = np.zeros(max_batch_tokens, np.int32)
-        self._logit_rows = np.zeros(max_sequences, np.int32)
+        self._logit_rows = np.zeros(max_batch_tokens, np.int32)
         self._seq_starts = np.zeros(max_sequences + 1, np.int32)
         self._context_lens = np.zeros(max_sequences, np.int32)
         self._block_tables = np.zeros((max_sequences, max_blocks), np.int32)
 
-    def run(self, works: Sequence[Work], rows: Sequence[SamplingRow]) -> list[Sampled]:
-        """Compute a step; ``rows`` are those of the works that sample, in their order."""
+    def run(self, works: Sequence[Part], rows: Sequence[SamplingRow]) -> list[Sampled]:
+        """Compute a step; ``rows`` are those of the works that sample, one and one for each drafted token, in order."""
         logits = self._model.forward(self.batch(works), self._kv)
         return self._model.ops.sample(logits, rows) if rows else []
 
-    def batch(self, works: Sequence[Work]) -> Batch:
+    def batch(self, works: Sequence[Part]) -> Batch:
         """The step as arrays, valid until the next call."""
         size = self._kv.block_size
         end = num_rows = 0
         for s, work in enumerate(works):
-            sequence, count = work
+            sequence, draft = work.sequence, work.draft
+            count = work.num_tokens + len(draft)
             start, end = end, end + count
             first = sequence.num_computed
             if count == 1:  # the usual case: plain numbers are several times faster than arrays of length one
@@ -59,14 +84,18 @@ class Runner:
                 self._slots[start] = sequence.blocks[first // size] * size + first % size
             else:
                 positions = np.arange(first, first + count, dtype=np.int32)
-                self._tokens[start:end] = sequence.tokens[first : first + count]
+                self._tokens[start : end - len(draft)] = sequence.tokens[first : first + work.num_tokens]
+                self._tokens[end - len(draft) : end] = draft
                 self._positions[start:end] = positions
                 blocks = np.array(sequence.blocks, np.int32)
                 self._slots[start:end] = blocks[positions // size] * size + positions % size
             self._block_tables[s, : len(sequence.blocks)] = sequence.blocks
             self._seq_starts[s + 1] = end
             self._context_lens[s] = first + count
-            if work.samples:
+            if draft:
+                self._logit_rows[num_rows : num_rows + 1 + len(draft)] = range(end - 1 - len(draft), end)
+                num_rows += 1 + len(draft)
+            elif work.samples:
                 self._logit_rows[num_rows] = end - 1
                 num_rows += 1
         n = len(works)

@@ -13,10 +13,14 @@ from puna.ops.protocol import Sampled
 
 
 class Work(NamedTuple):
-    """One sequence's part of a step: its next ``num_tokens`` tokens."""
+    """One sequence's part of a step: its next ``num_tokens`` tokens, and after them a draft of what may follow.
+
+    Only a work that samples has a draft. It samples one token, and one more after each token of the draft.
+    """
 
     sequence: Sequence
     num_tokens: int
+    draft: SequenceOf[int] = ()
 
     @property
     def samples(self) -> bool:
@@ -65,24 +69,55 @@ class Scheduler:
         return works
 
     def update(self, works: SequenceOf[Work], sampled: SequenceOf[Sampled]) -> list[Event]:
-        """Account for a computed step. ``sampled`` has one entry for each work that samples, in their order."""
-        events = []
-        tokens = iter(sampled)
+        """Account for a computed step. ``sampled`` has the entries of each work that samples, in their order."""
+        events: list[Event] = []
+        first = 0
         for work in works:
             sequence, samples = work.sequence, work.samples
             sequence.num_computed += work.num_tokens
+            if work.draft:
+                end = first + 1 + len(work.draft)
+                events += self._verify(sequence, work.draft, sampled[first:end])
+                first = end
+            elif samples:
+                events.append(sequence.advance(sampled[first]))
+                first += 1
             self._register(sequence)
-            if samples:
-                event = sequence.advance(next(tokens))
-                events.append(event)
-                if event.finish_reason is not None:
-                    self._remove(sequence)
+            if samples and events[-1].finish_reason is not None:
+                self._remove(sequence)
         return events
+
+    def reserve_draft(self, sequence: Sequence, wanted: int) -> int:
+        """Blocks for as many of ``wanted`` drafted tokens as there is room for; a draft never makes others give way."""
+        pool = self.pool
+        room = (len(sequence.blocks) + pool.available) * pool.block_size - len(sequence.tokens)
+        granted = min(wanted, room)
+        missing = pool.blocks_for(len(sequence.tokens) + granted) - len(sequence.blocks)
+        if missing > 0:
+            sequence.blocks.extend(pool.allocate(missing))
+        return granted
 
     def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Event:
         """End a sequence that runs or waits, and free its blocks."""
         self._remove(sequence)
         return sequence.end(reason, error)
+
+    def _verify(self, sequence: Sequence, draft: SequenceOf[int], sampled: SequenceOf[Sampled]) -> list[Event]:
+        """Take sampled tokens for as long as the draft foretold them, and the one that it did not; undo the rest."""
+        events = []
+        accepted = 0
+        for chosen, drafted in zip(sampled, (*draft, None), strict=True):
+            event = sequence.advance(chosen)
+            events.append(event)
+            if event.token != drafted or event.finish_reason is not None:
+                break
+            accepted += 1  # its key and value are in the cache already
+        sequence.num_computed += accepted
+        sequence.record_draft(len(draft), accepted)
+        kept = self.pool.blocks_for(len(sequence.tokens))
+        self.pool.release(sequence.blocks[kept:])
+        del sequence.blocks[kept:]
+        return events
 
     def _admit(self, works: list[Work], budget: int) -> None:
         pool = self.pool

@@ -5,7 +5,11 @@ from __future__ import annotations
 import time
 from array import array
 
-from puna.engine.request import Event, FinishReason, Request, Timings
+import numpy as np
+from numpy.typing import NDArray
+
+from puna.engine.draft_length import DraftLength
+from puna.engine.request import ConstraintState, Event, FinishReason, Request, Timings
 from puna.engine.sampler import Sampler
 from puna.errors import RequestError
 from puna.ops.protocol import Sampled, SamplingRow
@@ -34,6 +38,7 @@ class Sequence:
         self.num_registered = 0
         self.blocks = array("i")
         self.timings = Timings(prompt_tokens=self.num_prompt)
+        self.draft_length = DraftLength()
         self._sampler = Sampler(request)
         self._constraint = request.constraint.start() if request.constraint else None
         self._stop_ids = frozenset(request.eos_ids) | frozenset(request.params.stop_token_ids)
@@ -55,6 +60,29 @@ class Sequence:
         """How to choose the next token. Raises RequestError when the constraint fails."""
         allowed = self._constraint.allowed() if self._constraint else None
         return self._sampler.row(self.tokens, self.num_generated, allowed)
+
+    @property
+    def longest_draft(self) -> int:
+        """How many tokens may be drafted so that one more still has a place."""
+        return self._max_length - len(self.tokens) - 1
+
+    def fork_constraint(self) -> ConstraintState | None:
+        """The constraint's state, to look ahead from."""
+        return self._constraint.fork() if self._constraint else None
+
+    def row_after(self, tokens: array[int], allowed: NDArray[np.uint32] | None) -> SamplingRow:
+        """How to choose the token after ``tokens``: those of the sequence and a draft."""
+        return self._sampler.row(tokens, len(tokens) - self.num_prompt, allowed)
+
+    def ends_at(self, token: int) -> bool:
+        """Whether the token would only end the answer."""
+        return token in self._stop_ids
+
+    def record_draft(self, drafted: int, accepted: int) -> None:
+        """Learn how good a draft was."""
+        self.timings.drafted_tokens += drafted
+        self.timings.accepted_tokens += accepted
+        self.draft_length.record(drafted, accepted)
 
     def mark_admitted(self, cached_tokens: int) -> None:
         """Note the time of the first admission; a sequence that comes back after preemption keeps its first."""

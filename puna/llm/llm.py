@@ -17,10 +17,11 @@ from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
 from puna.chat.template import ChatTemplate
 from puna.checkpoint import open_checkpoint
-from puna.engine import Constraint, Engine, Request, SamplingParams
+from puna.engine import Constraint, Engine, Request, SamplingParams, Speculation
 from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
+from puna.llm.speculative import speculation as make_speculation
 from puna.model.model import Model
 from puna.ops.registry import make_ops
 from puna.store import resolve
@@ -55,6 +56,7 @@ class LLM:
         defaults: Mapping[str, Any] | None = None,
         context_length: int | None = None,
         kv_type: str | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none."""
         self.model = model
@@ -73,6 +75,7 @@ class LLM:
             context_length=context,
             block_size=BLOCK_SIZE,
             kv_type=kv_type,
+            speculation=speculation,
         )
         self.context_length = self.engine.context_length
 
@@ -85,13 +88,16 @@ class LLM:
         threads: int | None = None,
         ops: str | None = None,
         kv_type: str | None = None,
+        speculative: str | Speculation | None = None,
+        draft_model: str | Path | None = None,
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
         ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to
         the physical cores. ``ops``: ``native`` or ``reference``. ``kv_type``: what keys and values are kept as, ``f16``
-        (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or ``f32``. Raises RequestError, StoreError, CheckpointError, ConfigError,
-        TokenizerError.
+        (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or ``f32``. ``speculative``: ``ngram`` or
+        ``off``; ``draft_model`` is a smaller model of the same vocabulary, loaded in the same way
+        (docs/speculative.md). Raises StoreError, CheckpointError, ConfigError, TokenizerError, RequestError.
         """
         found = resolve(name_or_path)
         checkpoint = open_checkpoint(found.path)
@@ -101,14 +107,17 @@ class LLM:
                 f"{found.path} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the weights"
             )
         manifest = found.manifest
+        model_ops = make_ops(ops, threads)
+        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer)
         return cls(
-            Model.bind(make_ops(ops, threads), checkpoint.config, checkpoint.tensors),
+            Model.bind(model_ops, checkpoint.config, checkpoint.tensors),
             tokenizer,
             chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
             system=manifest.system if manifest else None,
             defaults=manifest.parameters if manifest else None,
             context_length=context_length,
             kv_type=kv_type,
+            speculation=speculation,
         )
 
     def __enter__(self) -> LLM:

@@ -13,7 +13,7 @@ KV_TYPES = ("f16", "bf16", "q8_0", "f32")
 
 
 def kv_quant_type(kv_type: str, head_dim: int) -> QuantType:
-    """The encoding of a cache type. Raises RequestError for an unknown one, and where heads are not whole blocks of it."""
+    """The encoding of a cache type. Raises RequestError for an unknown one, and for heads that are not whole blocks."""
     if kv_type not in KV_TYPES:
         raise RequestError(f"unknown kv_type {kv_type!r}; known: {', '.join(KV_TYPES)}")
     encoding = QUANT_TYPES[kv_type.upper()]

@@ -167,7 +167,7 @@ class NativeOps:
 
 
 class _Compiled:
-    """A forward that is traced when it is first called, and replayed from then on; called op by op where it can't be traced."""
+    """A forward that is traced when it is first called and replayed from then on; where it can't be, called op by op."""
 
     def __init__(self, ops: NativeOps, native: Any, forward: Forward) -> None:
         self._ops, self._native, self._forward = ops, native, forward
@@ -181,7 +181,8 @@ class _Compiled:
             self._traceable = self._traced is not None
         traced = self._traced
         if traced is None:
-            return self._forward(self._ops, batch, kv)
+            eager: Floats = self._forward(self._ops, batch, kv)
+            return eager
         angles = traced.angles
         cosines, sines = self._ops.rope_angles(batch.positions, angles.inverse_frequencies, angles.scale)
         rows = len(batch.logit_rows if traced.of_logit_rows else batch.tokens)

@@ -77,6 +77,15 @@ def test_raw_and_verbose(stored) -> None:
     assert "decode seconds" in result.err
 
 
+def test_speculation_gives_the_same_answer_and_shows_its_drafts(stored) -> None:
+    question = ("run", "smollm2", "Repeat this: one two three four five six", "--json", "--num-predict", "60", *GREEDY)
+    plain, ngram = stored(*question).json, stored(*question, "--speculative", "ngram").json
+    drafted = stored(*question, "--draft-model", "smollm2").json
+    assert plain["response"] == ngram["response"] == drafted["response"]
+    assert (plain["drafted_tokens"], plain["accepted_tokens"]) == (0, 0)
+    assert drafted["accepted_tokens"] == drafted["drafted_tokens"]
+
+
 def test_bench_reports_speeds(stored) -> None:
     arguments = ["bench", "smollm2", "--prompt-tokens", "40", "--gen-tokens", "4", "--threads", "1", "--runs", "1"]
     facts = stored(*arguments, "--json").json

@@ -42,14 +42,19 @@ class FakeOps:
         return sample_rows(logits, rows)
 
 
-def fake_logits(history: NDArray[np.int64], vocab_size: int) -> NDArray[np.float32]:
-    """float32[V], decided by the whole history."""
+def fake_logits(history: NDArray[np.int64], vocab_size: int, habit: float = 0.0) -> NDArray[np.float32]:
+    """float32[V], decided by the whole history, and by the last token alone as far as ``habit`` goes."""
+    if habit:
+        return fake_logits(history, vocab_size) + np.float32(habit) * fake_logits(history[-1:], vocab_size)
     digest = hashlib.blake2b(np.ascontiguousarray(history, np.int64).tobytes(), digest_size=8).digest()
     return 3 * np.random.default_rng(int.from_bytes(digest, "little")).standard_normal(vocab_size, dtype=np.float32)
 
 
 class FakeModel:
-    def __init__(self, vocab_size: int = 50, context_length: int = 64) -> None:
+    """With a ``habit`` its texts repeat themselves, and two models of different habits often agree."""
+
+    def __init__(self, vocab_size: int = 50, context_length: int = 64, habit: float = 0.0) -> None:
+        self.habit = habit
         self.config = tiny_config(vocab_size=vocab_size, max_position_embeddings=context_length)
         self.ops: Any = FakeOps()
         self.steps: list[list[int]] = []  # how many tokens each sequence computed, by step
@@ -66,12 +71,13 @@ class FakeModel:
             assert array.flags.c_contiguous
         kv.tokens[batch.slots] = batch.tokens
         kv.positions[batch.slots] = batch.positions
+        self.kv = kv
         logits = []
         for row in batch.logit_rows:
             s = int(np.searchsorted(batch.seq_starts, row, side="right")) - 1
-            assert batch.positions[row] == batch.context_lens[s] - 1
-            context = np.arange(batch.context_lens[s])
+            assert batch.context_lens[s] == batch.positions[batch.seq_starts[s + 1] - 1] + 1
+            context = np.arange(batch.positions[row] + 1)
             slots = batch.block_tables[s, context // kv.block_size] * kv.block_size + context % kv.block_size
             assert (kv.positions[slots] == context).all(), "the context holds a position it should not"
-            logits.append(fake_logits(kv.tokens[slots], self.config.vocab_size))
+            logits.append(fake_logits(kv.tokens[slots], self.config.vocab_size, self.habit))
         return np.array(logits, np.float32).reshape(len(logits), self.config.vocab_size)

@@ -360,6 +360,11 @@ class OneTokenState:
             raise RequestError("not that one")
         self.accepted.append(token)
 
+    def fork(self) -> OneTokenState:
+        state = OneTokenState(self.constraint)
+        state.accepted = self.accepted[:]
+        return state
+
 
 class TestConstraints:
     def test_the_answer_follows_it_and_ends_with_it(self) -> None:

@@ -9,9 +9,10 @@ import pytest
 from tiny_models import random_weights, tiny_config
 
 from puna.checkpoint import open_checkpoint
-from puna.engine import Engine, Request, SamplingParams
+from puna.engine import Engine, Request, SamplingParams, Speculation, Timings
 from puna.model.model import Model
 from puna.ops.registry import OPS, make_ops
+from puna.tensor import Weight
 
 
 @pytest.fixture(scope="module", params=sorted(OPS))
@@ -73,3 +74,38 @@ def test_the_published_story(ops_name: str, shared_data: Path) -> None:
     text = tokenizer.decode([e.token for e in stream if e.token is not None]).decode()
     assert text == expected
     assert all(list(other)[-1].finish_reason in ("length", "stop") for other in others)
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(temperature=0, max_tokens=48), SamplingParams(seed=5, temperature=0.1, max_tokens=48)]
+)
+@pytest.mark.parametrize("drafter", ["ngram", "equal model", "other model"])
+@pytest.mark.parametrize(
+    "options", [{"num_blocks": 100}, {"num_blocks": 24, "block_size": 8, "max_sequences": 3, "max_batch_tokens": 40}]
+)
+def test_same_tokens_with_drafts(tiny: Model, params: SamplingParams, drafter: str, options: dict[str, int]) -> None:
+    draft_model = None
+    if drafter != "ngram":
+        weights = random_weights(tiny.config, seed=3)
+        if drafter == "other model":
+            head = weights["lm_head.weight"].dequantize()
+            noise = np.random.default_rng(0).standard_normal(head.shape, dtype=np.float32)
+            weights["lm_head.weight"] = Weight.from_array("lm_head.weight", head + np.float32(0.02) * noise, "F32")
+        draft_model = Model.bind(tiny.ops, tiny.config, weights)
+    speculation = Speculation("model" if draft_model else "ngram", 6, 0.0, draft_model)
+
+    def answers(speculation: Speculation | None, **options: int) -> tuple[list[list[int]], list[Timings]]:
+        engine = Engine(tiny, speculation=speculation, **options)
+        streams = [engine.submit(Request(prompt, params)) for prompt in PROMPTS]
+        return [[e.token for e in s if e.token is not None] for s in streams], [s.timings for s in streams]
+
+    plain, _ = answers(None, max_sequences=1, num_blocks=100, block_size=options.get("block_size", 32))
+    got, timings = answers(speculation, **options)
+    assert got == plain
+    accepted, drafted = (sum(getattr(t, name) for t in timings) for name in ("accepted_tokens", "drafted_tokens"))
+    if drafter == "equal model":
+        assert accepted == drafted > 100
+    elif drafter == "other model":
+        assert 20 < accepted < drafted
+    else:
+        assert 0 < accepted < drafted

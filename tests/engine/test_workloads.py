@@ -8,9 +8,11 @@ from fake_model import FakeModel
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from puna.engine import Engine, Request, SamplingParams
+from puna.engine import Engine, Request, SamplingParams, Speculation
+from puna.engine.speculation import DRAFTERS
 
 CONTEXT = 30
+HABIT = 2.0  # enough for texts that repeat themselves at times
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,12 @@ def jobs(draw: st.DrawFn) -> Job:
     return Job(request, draw(st.integers(0, 8)), draw(st.sampled_from([None, None, None, 0, 1, 2, 5, 10])))
 
 
+def fake_model(habit: float) -> FakeModel:
+    return FakeModel(vocab_size=12, context_length=CONTEXT, habit=habit)
+
+
 def alone(request: Request) -> list[tuple[int | None, int | None, str | None]]:
-    engine = Engine(FakeModel(vocab_size=12, context_length=CONTEXT), block_size=64)
+    engine = Engine(fake_model(HABIT), block_size=64)
     return [(e.token, e.stop_id, e.finish_reason) for e in engine.submit(request)]
 
 
@@ -55,11 +61,20 @@ def alone(request: Request) -> list[tuple[int | None, int | None, str | None]]:
     spare_blocks=st.integers(0, 4),
     max_sequences=st.integers(1, 6),
     spare_tokens=st.integers(0, 12),
+    drafter=st.sampled_from([None, *DRAFTERS]),
+    token_cost=st.sampled_from([0.0, 0.2, None]),
 )
 def test_every_answer_is_the_one_given_alone(
-    workload: list[Job], block_size: int, spare_blocks: int, max_sequences: int, spare_tokens: int
+    workload: list[Job],
+    block_size: int,
+    spare_blocks: int,
+    max_sequences: int,
+    spare_tokens: int,
+    drafter: str | None,
+    token_cost: float | None,
 ) -> None:
-    model = FakeModel(vocab_size=12, context_length=CONTEXT)
+    model = fake_model(HABIT)
+    draft_model = fake_model(HABIT + 1) if drafter == "model" else None
     budget = max_sequences + spare_tokens
     engine = Engine(
         model,
@@ -67,6 +82,7 @@ def test_every_answer_is_the_one_given_alone(
         block_size=block_size,
         max_sequences=max_sequences,
         max_batch_tokens=budget,
+        speculation=Speculation(drafter, 5, token_cost, draft_model) if drafter else None,
     )
     pool = engine.scheduler.pool
     streams = {}
@@ -79,7 +95,7 @@ def test_every_answer_is_the_one_given_alone(
             if job.cancel_after is not None and job.arrival + job.cancel_after == step:
                 engine.cancel(streams[i].id)
         events = engine.step()
-        assert len({e.request_id for e in events}) == len(events)
+        assert drafter or len({e.request_id for e in events}) == len(events)
         if model.steps:
             assert sum(model.steps[-1]) <= budget
             assert len(model.steps[-1]) <= max_sequences
@@ -87,10 +103,15 @@ def test_every_answer_is_the_one_given_alone(
         assert arrived == sorted(arrived), "first come, first served"
         held = {b for s in engine.scheduler.running for b in s.blocks}
         assert pool.available == pool.num_blocks - len(held)
+        for sequence in engine.scheduler.running:
+            assert len(sequence.blocks) <= pool.blocks_for(len(sequence.tokens)), "a block is kept for a rejected draft"
+        for block, (_, tokens) in pool._key_of.items():
+            assert tuple(model.kv.tokens[block * block_size : (block + 1) * block_size]) == tokens
         step += 1
     assert pool.available == pool.num_blocks
 
     event(f"preempted: {engine.scheduler.num_preemptions > 0}")
+    event(f"accepted a draft: {any(s.timings.accepted_tokens for s in streams.values())}")
     event(f"reused a prefix: {any(s.timings.cached_tokens for s in streams.values())}")
     for i, job in enumerate(workload):
         got = [(e.token, e.stop_id, e.finish_reason) for e in streams[i]]

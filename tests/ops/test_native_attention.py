@@ -40,9 +40,7 @@ class Paged:
         starts = np.cumsum([0, *(b - a for a, b in ranges)]).astype(np.int32)
         flat = [np.concatenate([x[a:b] for x, (a, b) in zip(xs, ranges, strict=True)]) for xs in (q, k, v)]
         out = np.full_like(flat[0], np.nan)
-        self.native.attend(
-            self.cache, layer, *flat, out, positions, slots.astype(np.int32), starts, self.tables
-        )
+        self.native.attend(self.cache, layer, *flat, out, positions, slots.astype(np.int32), starts, self.tables)
         return np.split(out, starts[1:-1])
 
 
@@ -63,7 +61,9 @@ def dense(q, k, v, heads, kv_heads, kv_type="f16"):
     n = len(q)
     q = q.astype(np.float64).reshape(n, heads, -1).swapaxes(0, 1)
     k, v = (x.reshape(n, kv_heads, -1).swapaxes(0, 1) for x in (k, v))
-    k, v = (QUANT_TYPES[kv_type.upper()].decode(QUANT_TYPES[kv_type.upper()].encode(x)).astype(np.float64) for x in (k, v))
+    k, v = (
+        QUANT_TYPES[kv_type.upper()].decode(QUANT_TYPES[kv_type.upper()].encode(x)).astype(np.float64) for x in (k, v)
+    )
     k, v = (np.repeat(x, heads // kv_heads, axis=0) for x in (k, v))
     scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
     scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
@@ -175,7 +175,12 @@ def test_large_scores_do_not_overflow(isa):
     np.testing.assert_allclose(out, dense(q[0], k[0], v[0], 2, 1), rtol=0, atol=0.05)
 
 
-TYPED = [(kv_type, *shape) for kv_type in ("f32", "bf16", "q8_0") for shape in SHAPES if kv_type != "q8_0" or shape[2] % 32 == 0]
+TYPED = [
+    (kv_type, *shape)
+    for kv_type in ("f32", "bf16", "q8_0")
+    for shape in SHAPES
+    if kv_type != "q8_0" or shape[2] % 32 == 0
+]
 
 
 @pytest.mark.parametrize(("kv_type", "heads", "kv_heads", "head_dim"), TYPED)
@@ -232,7 +237,9 @@ def test_the_cache_holds_the_nearest_numbers(isa, kv_type, layer):
             expected = encoding.encode(sign * x[t].reshape(kv_heads, head_dim))
             if kv_type == "q8_0":
                 half = block[:, at:].copy().view(np.uint16)
-                found = half[:, offset : scales * padded : padded] if sign == 1 else half[:, offset * scales :][:, :scales]
+                found = (
+                    half[:, offset : scales * padded : padded] if sign == 1 else half[:, offset * scales :][:, :scales]
+                )
                 expected = expected.reshape(kv_heads, scales, 34)
                 assert np.array_equal(found, expected[..., :2].copy().view(np.uint16)[..., 0])
                 expected = expected[..., 2:]
