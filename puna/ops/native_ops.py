@@ -167,7 +167,7 @@ class NativeOps:
 
 
 class _Compiled:
-    """A forward that is traced when it is first called and replayed from then on; where it can't be, called op by op."""
+    """A forward that is traced at its first call and replayed from then on; where it can't be, called op by op."""
 
     def __init__(self, ops: NativeOps, native: Any, forward: Forward) -> None:
         self._ops, self._native, self._forward = ops, native, forward

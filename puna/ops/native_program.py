@@ -1,7 +1,7 @@
 """A forward, traced once and replayed in one native call (csrc/program.hpp).
 
-The forward stays the Python function that it is: called with a ``Tracer`` in the place of ops, it writes down its op calls,
-with numbered buffers in the place of arrays. A forward that depends on the numbers of a batch can't be traced.
+The forward stays the Python function that it is: called with a ``Tracer`` in the place of ops, it writes down its op
+calls, with numbered buffers in the place of arrays. A forward that depends on the numbers of a batch can't be traced.
 """
 
 from __future__ import annotations
