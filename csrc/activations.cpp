@@ -1,5 +1,6 @@
 #include "activations.hpp"
 
+#include "dot.hpp"
 #include "threadpool.hpp"
 
 namespace puna::PUNA_ISA {
@@ -20,6 +21,39 @@ int64_t token_bytes(int64_t columns, bool floats, bool quantized, unsigned corre
   return bytes;
 }
 
+// Lanes of -127 ... 127 as bytes.
+inline void store_bytes(int8_t* to, IntVec v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v));
+#elif defined(__AVX2__)
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+#else
+  for (int i = 0; i < kLanes; i++) to[i] = int8_t(v[i]);
+#endif
+}
+
+inline IntVec add(IntVec a, IntVec b) {
+#if defined(__AVX512F__)
+  return _mm512_add_epi32(a, b);
+#elif defined(__AVX2__)
+  return _mm256_add_epi32(a, b);
+#else
+  return a + b;
+#endif
+}
+
+inline int32_t sum(IntVec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(v);
+#else
+  int32_t lanes[kLanes], total = 0;
+  std::memcpy(lanes, &v, sizeof v);
+  for (const int32_t lane : lanes) total += lane;
+  return total;
+#endif
+}
+
 struct Group {
   int8_t values[kGroup];
   int32_t half_sums[2];
@@ -28,6 +62,7 @@ struct Group {
 
 inline Group quantize(const float* x) {
   Vec magnitudes = zero(), poison = zero();
+  PUNA_UNROLL
   for (int i = 0; i < kGroup; i += kLanes) {
     const Vec v = load(x + i);
     magnitudes = max(magnitudes, max(v, zero() - v));
@@ -35,20 +70,20 @@ inline Group quantize(const float* x) {
   }
   const float largest = reduce_max(magnitudes);
   const float inverse = largest < kSmallest ? 0.0f : 127.0f / largest;
-  int32_t rounded[kGroup];
-  for (int i = 0; i < kGroup; i += kLanes) {
-    const IntVec v = round_to_int(load(x + i) * splat(inverse));
-    std::memcpy(rounded + i, &v, sizeof v);
-  }
   Group group;
   group.scale = largest / 127.0f + reduce_add(poison);
+  PUNA_UNROLL
   for (int h = 0; h < 2; h++) {
-    int32_t sum = 0;
-    for (int i = 16 * h; i < 16 * (h + 1); i++) {
-      group.values[i] = int8_t(rounded[i]);
-      sum += group.values[i];
+    constexpr int half = kGroup / 2;
+    IntVec total = round_to_int(load(x + half * h) * splat(inverse));
+    store_bytes(group.values + half * h, total);
+    PUNA_UNROLL
+    for (int i = half * h + kLanes; i < half * (h + 1); i += kLanes) {
+      const IntVec rounded = round_to_int(load(x + i) * splat(inverse));
+      store_bytes(group.values + i, rounded);
+      total = add(total, rounded);
     }
-    group.half_sums[h] = sum;
+    group.half_sums[h] = sum(total);
   }
   return group;
 }
@@ -100,12 +135,12 @@ void Activations::fill(const float* x, int64_t index) const {
   const auto set = [&](Correction c, int64_t at, auto value) {
     if (corrections_ >> c & 1) std::memcpy(static_cast<uint8_t*>(const_cast<void*>(tile.corrections[c])) + 4 * at, &value, 4);
   };
-  for (int64_t m = 0; m < width; m++) {
-    if (floats_) {
-      for (int64_t k = 0; k < columns_; k++) floats[k * width + m] = m < count ? x[m * columns_ + k] : 0.0f;
-    }
-    for (int64_t g = 0; quantized_ && g < groups_; g++) {
+  for (int64_t m = 0; floats_ && m < width; m++)
+    for (int64_t k = 0; k < columns_; k++) floats[k * width + m] = m < count ? x[m * columns_ + k] : 0.0f;
+  for (int64_t g = 0; quantized_ && g < groups_; g++) {
+    for (int64_t m = 0; m < width; m++) {  // innermost, so that the tile is written in order
       const Group group = m < count ? quantize(x + m * columns_ + g * kGroup) : Group{};
+      PUNA_UNROLL
       for (int q = 0; q < kGroup / 4; q++) std::memcpy(values + ((g * (kGroup / 4) + q) * width + m) * 4, group.values + 4 * q, 4);
       scales[g * width + m] = group.scale;
       const int32_t sum = group.half_sums[0] + group.half_sums[1];

@@ -91,7 +91,7 @@ class NativeOps:
         return int(_native.cache_bytes(*self._cache_shape(config, 1, block_size, kv_type))) // block_size
 
     def compiled(self, forward: Forward) -> Callable[[Batch, KVCache], Floats]:
-        return _Compiled(self, self._native, forward)
+        return _Compiled(self, forward)
 
     def panels(self, w: NativeWeight) -> Any:
         """The panels of a matrix, made when it is first multiplied by: an embedding that is no head needs none."""
@@ -171,8 +171,8 @@ class NativeOps:
 class _Compiled:
     """A forward that is traced at its first call and replayed from then on; where it can't be, called op by op."""
 
-    def __init__(self, ops: NativeOps, native: Any, forward: Forward) -> None:
-        self._ops, self._native, self._forward = ops, native, forward
+    def __init__(self, ops: NativeOps, forward: Forward) -> None:
+        self._ops, self._forward = ops, forward
         self._traced: Traced | None = None
         self._traceable = True
 
@@ -189,7 +189,7 @@ class _Compiled:
         cosines, sines = self._ops.rope_angles(batch.positions, angles.inverse_frequencies, angles.scale)
         rows = len(batch.logit_rows if traced.of_logit_rows else batch.tokens)
         result = np.empty((rows, traced.columns), np.float32)
-        self._native.run(
+        self._ops._native.run(
             traced.program,
             kv.native,
             batch.tokens,
