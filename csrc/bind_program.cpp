@@ -192,6 +192,7 @@ void bind_program(nb::module_& m, nb::class_<Native>& native) {
             new (self) Program(std::move(made), result);
           },
           nb::arg("buffers"), nb::arg("result"))
+      .def_prop_ro("num_buffers", &Program::num_buffers)
       .def("embed", &embed, nb::arg("type"), nb::arg("source"), nb::arg("out"))
       .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"))
       .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual"), nb::arg("outs"))

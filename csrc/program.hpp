@@ -55,6 +55,7 @@ class Program {
   }
   const ProgramBuffer& buffer(int i) const { return buffers_.at(size_t(i)); }
   int result() const { return result_; }
+  size_t num_buffers() const { return buffers_.size(); }
   // Throws std::bad_alloc. Calls from several threads take turns.
   void run(Native& native, const StepArgs& args, float* result);
 
