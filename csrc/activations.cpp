@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kInlineValues = 32768;  // up to so many, waking the pool costs more than it saves
 constexpr float kSmallest = 1e-30f;       // below, 127 / magnitude may overflow; such a group is taken as zero
 
-constexpr int halves(int correction) { return correction == kHalfZero128 || correction == kHalfSum ? 2 : 1; }
+constexpr int halves(int correction) { return correction == kHalfZero128 || correction == kHalfZero32 || correction == kHalfSum ? 2 : 1; }
 
 // Bytes that one token takes of a tile.
 int64_t token_bytes(int64_t columns, bool floats, bool quantized, unsigned corrections) {
@@ -149,6 +149,7 @@ void Activations::fill(const float* x, int64_t index) const {
       set(kSum, g * width + m, group.scale * float(sum));
       for (int h = 0; h < 2; h++) {
         set(kHalfZero128, (2 * g + h) * width + m, int32_t(-128 * group.half_sums[h]));
+        set(kHalfZero32, (2 * g + h) * width + m, int32_t(-32 * group.half_sums[h]));
         set(kHalfSum, (2 * g + h) * width + m, group.scale * float(group.half_sums[h]));
       }
     }

@@ -23,6 +23,7 @@ enum Correction {
   kZero8,       // i32, -8 x the sum of the int8 values
   kZero128,     // i32, -128 x
   kHalfZero128,
+  kHalfZero32,
   kSum,         // f32, scale x the sum of the int8 values
   kHalfSum,
   kCorrections,

@@ -3,7 +3,7 @@
 // Bytes is one vector of kLanes rows x 4 inner values. unpack_low and unpack_high take codes out of it; Dot<codes> then adds
 // the products with a broadcast quad of activations to 32-bit sums, a lane each row:
 //   partial = start(sum); partial = add(partial, codes, activations) ...; sum = finish(sum, partial)
-// with at most 8 additions for nibbles and 4 for bytes in between. kSignedDot: signed codes q are taken as q - 128 (or as
+// with at most 8 additions for nibbles, 4 for bytes and 2 for six bits in between. kSignedDot: signed codes q are taken as q - 128 (or as
 // the table's values); otherwise as they are stored, and the caller starts from -128 times the sum of the activations.
 #pragma once
 
@@ -32,6 +32,12 @@ inline Bytes splat_quad(const int8_t* p) { return _mm512_set1_epi32(bit_cast<int
 inline IntVec splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 inline Bytes low_nibbles(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+// The two bits of quad k of four, as bits 4 and 5.
+inline Bytes high_bits(Bytes plane, int k) {
+  const Bytes moved = k == 0 ? _mm512_slli_epi16(plane, 4) : k == 1 ? _mm512_slli_epi16(plane, 2) : k == 2 ? plane : _mm512_srli_epi16(plane, 2);
+  return _mm512_and_si512(moved, _mm512_set1_epi8(0x30));
+}
+inline Bytes join(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 inline Bytes look_up(Bytes index) {  // table values + 128
   const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIq4Values));
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_xor_si128(table, _mm_set1_epi8(-128))), index);
@@ -65,6 +71,11 @@ inline Bytes splat_quad(const int8_t* p) { return _mm256_set1_epi32(bit_cast<int
 inline IntVec splat_int(int32_t x) { return _mm256_set1_epi32(x); }
 inline Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+inline Bytes high_bits(Bytes plane, int k) {
+  const Bytes moved = k == 0 ? _mm256_slli_epi16(plane, 4) : k == 1 ? _mm256_slli_epi16(plane, 2) : k == 2 ? plane : _mm256_srli_epi16(plane, 2);
+  return _mm256_and_si256(moved, _mm256_set1_epi8(0x30));
+}
+inline Bytes join(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 inline Bytes look_up(Bytes index) {
   const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIq4Values));
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), index);
@@ -80,7 +91,8 @@ inline Vec load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-// Small codes: pairs of products stay in 16 bits over a whole group (2 x 15 x 127 x 8 for nibbles, 2 x 31 x 127 x 4 for bytes).
+// Small codes: pairs of products stay in 16 bits over a whole group (2 x 15 x 127 x 8 for nibbles, 2 x 31 x 127 x 4
+// for bytes, 2 x 63 x 127 x 2 for six bits).
 template <Codes>
 struct Dot {
   using Partial = __m256i;
@@ -122,6 +134,8 @@ inline IntVec splat_int(int32_t x) { return IntVec{x, x, x, x}; }
 inline Bytes splat_quad(const int8_t* p) { return bit_cast<Bytes>(splat_int(bit_cast<int32_t>(*reinterpret_cast<const int8_t(*)[4]>(p)))); }
 inline Bytes low_nibbles(Bytes v) { return v & 15; }
 inline Bytes high_nibbles(Bytes v) { return v >> 4; }
+inline Bytes high_bits(Bytes plane, int k) { return (k < 2 ? plane << (4 - 2 * k) : plane >> (2 * k - 4)) & 0x30; }
+inline Bytes join(Bytes a, Bytes b) { return a | b; }
 inline Bytes look_up(Bytes index) {  // table values + 128
   uint8_t bytes[16];
   std::memcpy(bytes, &index, 16);

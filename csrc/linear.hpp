@@ -41,6 +41,7 @@ consteval Correction correction_of(PanelFormat f) {
     case Scales::None: return kNoCorrection;
     default:
       if (f.zero == 8) return kZero8;
+      if (f.zero == 32) return kHalfZero32;
       if (kSignedDot) return kNoCorrection;
       return f.scales == Scales::HalfGroup ? kHalfZero128 : kZero128;
   }
@@ -76,6 +77,13 @@ inline void dot_quads(const uint8_t* codes, const int8_t* activations, IntVec (&
     Bytes code[R], high[R];
     PUNA_UNROLL
     for (int r = 0; r < R; r++) {
+      if constexpr (C == Codes::SixBits) {
+        const uint8_t* from = codes + r * 4 * kLanes;
+        const Bytes pair = load_bytes(from + quad % 4 * 4 * kPanelRows);
+        const Bytes plane = load_bytes(from + (4 + quad / 4) * 4 * kPanelRows);
+        code[r] = join(quad < 4 ? low_nibbles(pair) : high_nibbles(pair), high_bits(plane, quad % 4));
+        continue;
+      }
       code[r] = load_bytes(codes + quad * 4 * kPanelRows + r * 4 * kLanes);
       if constexpr (nibbles) high[r] = high_nibbles(code[r]), code[r] = low_nibbles(code[r]);
       if constexpr (C == Codes::NibbleTable) high[r] = look_up(high[r]), code[r] = look_up(code[r]);
@@ -103,7 +111,10 @@ inline void update(const uint8_t* codes, const Tile& tile, int64_t group, int ha
       sums[m][r] = correction == kNoCorrection || has_min(F) ? splat_int(0)
                                                              : splat_int(static_cast<const int32_t*>(tile.corrections[correction])[at + m]);
   const int8_t* activations = tile.values + group * kGroup * W;
-  if constexpr (F.codes == Codes::UnsignedBytes && Last - First > 4) {
+  if constexpr (F.codes == Codes::SixBits) {
+    dot_quads<F.codes, First, First + 2>(codes, activations, sums);
+    dot_quads<F.codes, First + 2, Last>(codes, activations, sums);
+  } else if constexpr (F.codes == Codes::UnsignedBytes && Last - First > 4) {
     dot_quads<F.codes, First, First + 4>(codes, activations, sums);
     dot_quads<F.codes, First + 4, Last>(codes, activations, sums);
   } else {

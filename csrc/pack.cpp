@@ -80,7 +80,7 @@ inline void take_apart(const uint8_t* p, Parts& out) {
       for (int g = 0; g < 4; g++)
         for (int i = 0; i < 32; i++) {
           uint8_t& code = codes[half * 128 + g * 32 + i];
-          code = uint8_t((code | (high[i] >> 2 * g & 3) << 4) + 128 - 32);
+          code = uint8_t(code | (high[i] >> 2 * g & 3) << 4);
         }
     }
     copy(out.s, p + 192, 16);
@@ -133,8 +133,16 @@ inline void put(const Parts& parts, uint8_t* block, int row) {
       for (int q = 0; q < 8; q++) copy(out + q * 4 * kPanelRows, codes + 4 * q, 4);
     } else {
       uint8_t pairs[16];
-      for (int i = 0; i < 16; i++) pairs[i] = uint8_t(codes[i] | codes[16 + i] << 4);
+      for (int i = 0; i < 16; i++) pairs[i] = uint8_t((codes[i] & 15) | codes[16 + i] << 4);
       for (int v = 0; v < 4; v++) copy(out + v * 4 * kPanelRows, pairs + 4 * v, 4);
+    }
+    if constexpr (F.codes == Codes::SixBits) {
+      for (int p = 0; p < 2; p++) {
+        uint8_t high[4] = {};
+        for (int k = 0; k < 4; k++)
+          for (int i = 0; i < 4; i++) high[i] |= uint8_t(codes[16 * p + 4 * k + i] >> 4 << 2 * k);
+        copy(out + (4 + p) * 4 * kPanelRows, high, 4);
+      }
     }
   }
 }

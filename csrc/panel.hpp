@@ -7,8 +7,8 @@
 // activation broadcast and no horizontal sum.
 //   bytes:   8 vectors a group, quad 0 ... 7
 //   nibbles: 4 vectors a group, vector v holds quad v in its low halves and quad v + 4 in its high halves
-// Types of 2, 3, 5 and 6 bits are widened to bytes for now. Bit planes can follow the nibbles of a group later: one more
-// value of Codes, with its unpacking in dot.hpp and its packing in pack.cpp.
+//   six bits: the low halves as nibbles, then 2 vectors of high bits: vector p holds those of quads 4 p ... 4 p + 3, two bits each
+// Types of 2, 3 and 5 bits are widened to bytes for now.
 //
 // Scales of a block, each an array over the 16 rows:
 //   Half            f16 d                                        block 32    w = d (q - zero)
@@ -30,14 +30,15 @@
 namespace puna {
 
 // The version of all of the above: raised with every change of the bytes, so that packed files of another layout are not used.
-constexpr int kPanelLayout = 1;
+constexpr int kPanelLayout = 2;
 constexpr int kPanelRows = 16;
 constexpr int kGroup = 32;
 
 enum class Scales { None, Half, HalfMin, Single, Sub, SubMin, HalfGroup, HalfGroupMin };
-enum class Codes { Nibbles, NibbleTable, UnsignedBytes, SignedBytes, F32, F16, BF16 };
+enum class Codes { Nibbles, NibbleTable, SixBits, UnsignedBytes, SignedBytes, F32, F16, BF16 };
 
-// Nibbles q stand for q - zero, NibbleTable for an entry of kIq4Values, SignedBytes q for q - 128, UnsignedBytes (at most 31) for q.
+// Nibbles q stand for q - zero, NibbleTable for an entry of kIq4Values, SignedBytes q for q - 128,
+// SixBits q for q - 32, UnsignedBytes (at most 31) for q.
 struct PanelFormat {
   int type;
   Scales scales;
@@ -58,7 +59,7 @@ constexpr PanelFormat kPanelFormats[] = {
     {kQ3_K, Scales::HalfGroup, Codes::SignedBytes, 128},
     {kQ4_K, Scales::SubMin, Codes::Nibbles, 0},
     {kQ5_K, Scales::SubMin, Codes::UnsignedBytes, 0},
-    {kQ6_K, Scales::HalfGroup, Codes::SignedBytes, 128},
+    {kQ6_K, Scales::HalfGroup, Codes::SixBits, 32},
     {kQ8_K, Scales::Single, Codes::SignedBytes, 128},
     {kIQ4_NL, Scales::Half, Codes::NibbleTable, 128},
     {kIQ4_XS, Scales::Sub, Codes::NibbleTable, 128},
@@ -97,7 +98,8 @@ consteval int group_scale_bytes(PanelFormat f) {
 }
 
 consteval int group_code_bytes(PanelFormat f) {
-  return kPanelRows * kGroup / (f.codes == Codes::Nibbles || f.codes == Codes::NibbleTable ? 2 : 1);
+  constexpr int bytes = kPanelRows * kGroup;
+  return f.codes == Codes::Nibbles || f.codes == Codes::NibbleTable ? bytes / 2 : f.codes == Codes::SixBits ? bytes * 3 / 4 : bytes;
 }
 
 consteval int block_scale_bytes(PanelFormat f) {

@@ -47,7 +47,12 @@ def test_replayed_steps_equal_the_ops_one_by_one(name: str) -> None:
     model = bound(config)
     ops = model.ops
     replayed, eager = (ops.new_kv(config, BLOCKS, BLOCK_SIZE) for _ in range(2))
-    steps = (([40, 3], [0, 0], [39, 42]), ([1, 1], [40, 3], [0, 1]), ([2, 70], [41, 4], [1, 5, 71]), ([1, 1], [43, 74], []))
+    steps = (
+        ([40, 3], [0, 0], [39, 42]),
+        ([1, 1], [40, 3], [0, 1]),
+        ([2, 70], [41, 4], [1, 5, 71]),
+        ([1, 1], [43, 74], []),
+    )
     for counts, starts, rows in steps:
         batch = make_batch(counts, starts, rows, config.vocab_size)
         expected = llama.forward(ops, config, model.weights, batch, eager)
@@ -97,7 +102,15 @@ def test_memory_does_not_grow_with_the_layers() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("tokens", 256), ("tokens", -1), ("logit_rows", 5), ("logit_rows", -1), ("slots", 256), ("positions", 300), ("block_tables", 16)],
+    [
+        ("tokens", 256),
+        ("tokens", -1),
+        ("logit_rows", 5),
+        ("logit_rows", -1),
+        ("slots", 256),
+        ("positions", 300),
+        ("block_tables", 16),
+    ],
 )
 def test_numbers_that_lead_out_of_memory_are_refused(field: str, value: int) -> None:
     config = VARIANTS["gqa"]
