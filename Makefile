@@ -31,14 +31,14 @@ format: $(VENV)/.developer
 
 # The extension in the source tree, for work on csrc/.
 native: $(VENV)/.developer
-	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DPUNA_WERROR=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
-	cmake --build build/native -j
-	cmake --install build/native --prefix .
+	$(BIN)/cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DPUNA_WERROR=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build build/native -j
+	$(BIN)/cmake --install build/native --prefix .
 
 # The native tests on a build that stops at the first wild access or undefined behaviour (needs gcc).
 sanitize: $(VENV)/.developer
-	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DPUNA_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
-	cmake --build build/sanitize -j
+	$(BIN)/cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DPUNA_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build build/sanitize -j
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PUNA_TEST_NATIVE="$$(ls build/sanitize/_native*.so)" \
 	  $(BIN)/python -m pytest --capture=sys tests/ops

@@ -119,7 +119,7 @@ def test_numbers_that_lead_out_of_memory_are_refused(field: str, value: int) -> 
     batch = make_batch([5], [0], [4], config.vocab_size)
     model.forward(batch, kv)
     getattr(batch, field)[..., 0] = value
-    with pytest.raises(ValueError, match="run|attend"):
+    with pytest.raises(ValueError, match=r"run|attend"):
         model.forward(batch, kv)
 
 
