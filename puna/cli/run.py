@@ -15,6 +15,7 @@ from puna.cli.options import (
     json_option,
     kv_type_option,
     ops_option,
+    prefix_cache_options,
     sampling_options,
     sampling_values,
     speculative_options,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @ops_option
 @kv_type_option
 @speculative_options
+@prefix_cache_options
 @json_option
 def run(
     model: str,
@@ -57,6 +59,8 @@ def run(
     kv_type: str | None,
     speculative: str | None,
     draft_model: str | None,
+    cache_dir: str | None,
+    cache_size: int,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -78,6 +82,8 @@ def run(
         kv_type=kv_type,
         speculative=speculative,
         draft_model=draft_model,
+        cache_dir=cache_dir,
+        cache_size=cache_size,
     )
     load_seconds = time.perf_counter() - started
     values = sampling_values(options)
