@@ -54,7 +54,7 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str) -
     found = re.fullmatch(r"(\d+)\s*(?:([kMGT]?)B)?", value, re.IGNORECASE | re.ASCII)
     if found is None:
         raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", context, parameter)
-    return int(found[1]) * 1000 ** " KMGT".index((found[2] or " ").upper())
+    return int(found[1]) * int(1000 ** " KMGT".index((found[2] or " ").upper()))
 
 
 def prefix_cache_options(function: Callable[..., Any]) -> Callable[..., Any]:
