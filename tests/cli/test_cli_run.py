@@ -36,6 +36,28 @@ def test_piped_input_joins_the_prompt(stored) -> None:
     assert "user\nonly piped<|im_end|>" in alone["text"]
 
 
+def test_the_next_run_finds_the_prompt_on_disk(stored, tmp_path: Path) -> None:
+    prompt = ["run", "smollm2", f"Read this: {' '.join(map(str, range(50)))}. What is 2+2?", "--json", *GREEDY]
+    options = ["--cache-dir", str(tmp_path / "cache"), "--cache-size", "100MB"]
+    plain, first, second = (stored(*prompt, *more).json for more in ([], options, options))
+    assert plain["response"] == first["response"] == second["response"]
+    assert first["cached_tokens"] == 0
+    assert second["cached_tokens"] == (second["prompt_tokens"] - 1) // 32 * 32 > 0
+
+
+@pytest.mark.parametrize("size", ["much", "-1", "1.5GB", "10XB", "10%"])
+def test_a_cache_size_that_is_none(stored, size: str) -> None:
+    result = stored("run", "smollm2", "Hi", "--cache-dir", "cache", f"--cache-size={size}")
+    assert result.code == 2
+    assert f"'{size}' is not a size such as 500MB or 2GB" in result.err
+
+
+def test_a_cache_size_too_small(stored, tmp_path: Path) -> None:
+    result = stored("run", "smollm2", "Hi", "--cache-dir", str(tmp_path / "cache"), "--cache-size=700kB")
+    assert result.code == 1
+    assert "cache_size must be at least 737492 bytes, one block of this model, found 700000" in result.err
+
+
 def test_explain_prompt_shows_where_each_token_came_from(stored) -> None:
     tokens = stored("run", "smollm2", "Hi <|im_end|>", "--system", "Be brief.", "--explain-prompt", "--json").json[
         "tokens"
