@@ -154,8 +154,8 @@ class Event(NamedTuple):
 class Timings:
     """Where one request's time went, in seconds, and its tokens. ``generated_tokens`` counts the stop id too.
 
-    Waiting for a place is ``queue_seconds``, from there to the first token ``prefill_seconds``, from there to the last
-    ``decode_seconds``. ``cached_tokens`` of the prompt's tokens were not computed because an earlier request had them.
+    Waiting for a place, and reading a prefix from disk, is ``queue_seconds``, from there to the first token
+    ``prefill_seconds``, from there to the last ``decode_seconds``. ``cached_tokens`` of the prompt's tokens were not computed because an earlier request had them.
     Of ``drafted_tokens`` that speculation proposed, ``accepted_tokens`` became part of the answer.
     """
 
