@@ -155,8 +155,9 @@ class Timings:
     """Where one request's time went, in seconds, and its tokens. ``generated_tokens`` counts the stop id too.
 
     Waiting for a place, and reading a prefix from disk, is ``queue_seconds``, from there to the first token
-    ``prefill_seconds``, from there to the last ``decode_seconds``. ``cached_tokens`` of the prompt's tokens were not computed because an earlier request had them.
-    Of ``drafted_tokens`` that speculation proposed, ``accepted_tokens`` became part of the answer.
+    ``prefill_seconds``, from there to the last ``decode_seconds``. ``cached_tokens`` of the prompt's tokens were not
+    computed because an earlier request had them. Of ``drafted_tokens`` that speculation proposed, ``accepted_tokens``
+    became part of the answer.
     """
 
     prompt_tokens: int
