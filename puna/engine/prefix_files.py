@@ -93,8 +93,8 @@ class PrefixFiles:
         excess = sum(size for _, size, _ in files) + wanted - self.max_bytes
         abandoned = time.time_ns() - int(_ABANDONED * 1e9)
         for used, size, entry in sorted(files, key=lambda file: file[0]):
-            partial = entry.name.endswith(".partial")
-            if used < abandoned if partial else excess > 0:
+            goes = used < abandoned if entry.name.endswith(".partial") else excess > 0
+            if goes:
                 with suppress(OSError):
                     os.unlink(entry.path)
                     excess -= size

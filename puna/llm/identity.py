@@ -6,6 +6,7 @@ import re
 from hashlib import sha256
 from pathlib import Path
 
+from puna.errors import CheckpointError
 from puna.store.resolve import ResolvedModel
 
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
@@ -15,11 +16,18 @@ def model_identity(found: ResolvedModel) -> str:
     """A text that differs where the weights do: the digest of a stored model's content.
 
     For a path, a digest of the names, sizes, times of change and samples of its files. The parts of a split file count,
-    and the samples tell apart models that were unpacked with one name, size and time.
+    and the samples tell apart models that were unpacked with one name, size and time. Raises CheckpointError when a
+    file can't be read.
     """
     if found.manifest is not None:
         return found.manifest.content_digest
-    path = found.path
+    try:
+        return _sampled_digest(found.path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename or found.path}: {error.strerror or error}") from None
+
+
+def _sampled_digest(path: Path) -> str:
     if path.is_dir():
         files = [file for file in path.iterdir() if file.is_file()]
     else:

@@ -342,6 +342,18 @@ def test_results_are_the_same_bits(tmp_path: Path, name: str, kv_type: str) -> N
     assert run("bf16")[1].cached_tokens == 0, "another type of cache"
 
 
+def test_each_instruction_set_has_its_own(tmp_path: Path) -> None:
+    native_ops = pytest.importorskip("puna.ops.native_ops")
+    config = tiny_config()
+    names = native_ops._native.instruction_sets()
+    for known in (0, 64):
+        for isa in names:
+            model = Model.bind(native_ops.NativeOps(1, isa), config, random_weights(config, seed=3))
+            cache = PrefixCache(tmp_path / "cache", "tiny", 10**7)
+            engine = Engine(model, num_blocks=6, block_size=16, prefix_cache=cache)
+            assert answer(engine, list(range(3, 70)))[1] == known
+
+
 def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
