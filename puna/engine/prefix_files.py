@@ -37,21 +37,20 @@ class PrefixFiles:
                 f"cache_dir {folder} cannot be used: {error.strerror or error}; choose a folder you may write"
             ) from None
 
-    def read(self, name: str, size: int) -> bytearray | None:
-        """The file's bytes, or None when there is none of that size; anything else of that name is removed."""
+    def read(self, name: str, buffer: bytearray) -> bool:
+        """Fill ``buffer`` with a file of just its size. False when there is none; anything else there is removed."""
         try:
             with open(self._path(name), "rb", opener=_open_plain) as file:
                 status = os.fstat(file.fileno())
-                if stat.S_ISREG(status.st_mode) and status.st_size == size:
-                    data = bytearray(size)
-                    if file.readinto(data) == size:
-                        return data
+                whole = stat.S_ISREG(status.st_mode) and status.st_size == len(buffer)
+                if whole and file.readinto(buffer) == len(buffer):
+                    return True
         except FileNotFoundError:
-            return None
+            return False
         except OSError:
             pass
         self.remove(name)
-        return None
+        return False
 
     def write(self, name: str, parts: Iterable[Bytes], used_ns: int) -> None:
         """Write a file beside its place and rename it. ``used_ns``: when it was used last. Raises OSError."""

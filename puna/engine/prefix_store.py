@@ -70,6 +70,7 @@ class PrefixStore:
         self._files = PrefixFiles(cache.folder, cache.max_bytes)
         identity = (cache.model, repr(config), ops.cache_identity(kv), sys.byteorder)
         self._identity = b"".join(hashlib.sha256(text.encode()).digest() for text in identity)
+        self._buffer = bytearray(self._file_bytes)
         self._warned = False
 
     def load(self, tokens: Sequence[int], salt: str, blocks: Sequence[int], found: int) -> int:
@@ -123,10 +124,10 @@ class PrefixStore:
         return _HEADER.pack(_MAGIC, self._kv.block_size, self._block_bytes, link.parent) + link.tokens
 
     def _read(self, link: _Link) -> memoryview | None:
-        data = self._files.read(link.name, self._file_bytes)
-        if data is None:
+        """The bytes of a block, valid until the next call; None when there is no good file of it."""
+        if not self._files.read(link.name, self._buffer):
             return None
-        view = memoryview(data)
+        view = memoryview(self._buffer)
         content, checksum = view[:-_DIGEST_BYTES], view[-_DIGEST_BYTES:]
         header = self._header(link)
         if content[: len(header)] != header or hashlib.sha256(content).digest() != checksum:
