@@ -44,25 +44,6 @@ class Packs:
                     freed += _remove(path)
         return freed
 
-    def make_room(self, size: int, bound: int) -> bool:
-        """Delete the least recently used packs until ``size`` more bytes make at most ``bound``; False if none do."""
-        if size > bound:
-            return False
-        packs = sorted(self._used())
-        total = sum(held for _, held, _ in packs)
-        for _, held, path in packs:
-            if total + size <= bound:
-                break
-            _remove(path)
-            total -= held
-        return True
-
-    def _used(self) -> Iterator[tuple[float, int, Path]]:
-        for path in self.folder.glob("*" + SUFFIX):
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                yield status.st_mtime, status.st_size, path
-
 
 def packed_beside(path: Path) -> Path:
     """Where the packed file of a model outside the store lies: beside its file or folder."""
@@ -83,10 +64,35 @@ def path_identity(path: Path) -> str:
     return sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def make_room(folder: Path, size: int, bound: int) -> bool:
+    """Delete the least recently used packs until ``size`` more bytes make at most ``bound``.
+
+    False, and nothing deleted, when ``size`` alone is more.
+    """
+    if size > bound:
+        return False
+    packs = sorted(_used(folder))
+    total = sum(held for _, held, _ in packs)
+    for _, held, path in packs:
+        if total + size <= bound:
+            break
+        _remove(path)
+        total -= held
+    return True
+
+
 def mark_used(path: Path) -> None:
     """Note that a pack was used now: its time of change is the order in which packs are removed."""
     with suppress(OSError):  # a store that may only be read has no order to keep
         os.utime(path)
+
+
+def _used(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """When each pack was last used, its size, and its path."""
+    for path in folder.glob("*" + SUFFIX):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            yield status.st_mtime, status.st_size, path
 
 
 def _remove(path: Path) -> int:

@@ -200,5 +200,63 @@ def test_garbage_collection_takes_what_killed_processes_left(tmp_path: Path) -> 
     assert list(store.packs.folder.iterdir()) == [live]
 
 
+@pytest.fixture
+def stored(tmp_path: Path) -> list[ResolvedModel]:
+    """Three stored models whose packed files are equally large."""
+    store = Store(tmp_path / "home")
+    for seed in range(3):
+        path = tmp_path / f"{seed}.gguf"
+        save_checkpoint(tiny_checkpoint(seed=seed), path, "gguf", "Q8_0")
+        import_file(path, f"model{seed}", store=store)
+    return [resolve(f"model{seed}", store) for seed in range(3)]
+
+
+def test_the_cache_keeps_the_packs_used_last(stored: list[ResolvedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    bind(stored[0])
+    assert not stored[0].packed.exists()  # off by default
+    monkeypatch.setenv("PUNA_PACK_CACHE", "1GB")
+    for age, found in enumerate(stored[:2]):
+        assert bind(found).weights.blocks[0].q.source is None  # made and used at once
+        os.utime(found.packed, (1000 + age, 1000 + age))
+    size = stored[0].packed.stat().st_size
+    bind(stored[0])  # the other one is the least recently used from now on
+    monkeypatch.setenv("PUNA_PACK_CACHE", str(5 * size // 2))
+    assert np.array_equal(logits(stored[2]), logits(stored[2], packed=False))
+    assert [found.packed.exists() for found in stored] == [True, False, True]
+
+
+def test_a_model_larger_than_the_cache_displaces_nothing(
+    stored: list[ResolvedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack_model(stored[0], NativeOps(threads=1))
+    monkeypatch.setenv("PUNA_PACK_CACHE", "1kB")
+    bind(stored[1])
+    assert [found.packed.exists() for found in stored] == [True, False, False]
+
+
+def test_the_cache_leaves_paths_alone(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUNA_PACK_CACHE", "1GB")
+    bind(resolve(model_file))
+    assert list(model_file.parent.iterdir()) == [model_file]
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    stored: list[ResolvedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUNA_PACK_CACHE", "1GB")
+    stored[0].packed.parent.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="model0:latest was not packed"):
+        bind(stored[0])
+
+
+@pytest.mark.parametrize("text", ["much", "4XB", "-1", "1.5GB", "4 4", "9" * 99])
+def test_a_bound_that_is_no_size_is_told(
+    stored: list[ResolvedModel], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("PUNA_PACK_CACHE", text)
+    with pytest.raises(RequestError, match="PUNA_PACK_CACHE must be a size such as 4GB"):
+        bind(stored[0])
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(Path(puna.__file__).parents[1])}
