@@ -93,11 +93,11 @@ def _parse_size(text: str) -> int:
 
 def _packed_weights(ops: NativeOps, found: ResolvedModel, checkpoint: Checkpoint) -> Mapping[str, UploadedWeight]:
     """The uploaded matrices of the model's packed file; none, with a warning, where that is of no use."""
-    if not found.packed.is_file():
-        return {}
     expected = _multiplied(checkpoint)
     weights = {}
     try:
+        if not found.packed.is_file():
+            return {}
         file = read_packed(found.packed, ops.panel_layout, found.identity)
         for name, matrix in file.matrices.items():
             if expected.get(name) != (matrix.rows, matrix.columns):

@@ -19,7 +19,7 @@ from puna.ops.native_program import Forward, Traced, trace
 from puna.ops.packed_file import PackedFile, PackedMatrix, packed_error
 from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow, UploadedWeight
 from puna.ops.threads import default_threads
-from puna.tensor import Weight, quant_type
+from puna.tensor import QUANT_TYPES, Weight
 
 Floats = NDArray[np.float32]
 Angles = tuple[Floats, Floats]
@@ -100,7 +100,9 @@ class NativeOps:
 
         Raises CheckpointError when the type is unknown or the matrix has another size than its shape calls for.
         """
-        kind = quant_type(matrix.type).gguf_id
+        if matrix.type not in QUANT_TYPES:
+            raise packed_error(file.path, f"{matrix.name} is of the unknown type {matrix.type[:50]!a}")
+        kind = QUANT_TYPES[matrix.type].gguf_id
         if not 0 < matrix.size == _native.packed_bytes(kind, matrix.rows, matrix.columns):
             raise packed_error(file.path, f"{matrix.name} has {matrix.size} bytes, which its shape does not call for")
         panels = _native.Panels(kind, matrix.rows, matrix.columns, file.panels(matrix))

@@ -99,7 +99,7 @@ def test_another_layout_a_cut_file_and_rubbish_are_passed_over(
     [
         ({"rows": 16}, "no matrix 'model.layers.0.mlp.up_proj.weight' of that shape"),
         ({"name": "model.norm.weight"}, "no matrix 'model.norm.weight' of that shape"),
-        ({"type": "Q9"}, "unknown weight type 'Q9'"),
+        ({"type": "Q9"}, "unknown type 'Q9'"),
         ({"type": "F32"}, "which its shape does not call for"),
         ({"size": 0}, "which its shape does not call for"),
     ],
