@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @ops_option
 @kv_type_option
 @speculative_options
+@click.option("--no-packed", "packed", flag_value=False, default=True, help="Ignore the model's packed file.")
 @json_option
 def run(
     model: str,
@@ -57,6 +58,7 @@ def run(
     kv_type: str | None,
     speculative: str | None,
     draft_model: str | None,
+    packed: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -78,6 +80,7 @@ def run(
         kv_type=kv_type,
         speculative=speculative,
         draft_model=draft_model,
+        packed=packed,
     )
     load_seconds = time.perf_counter() - started
     values = sampling_values(options)

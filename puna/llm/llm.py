@@ -21,6 +21,7 @@ from puna.engine import Constraint, Engine, Request, SamplingParams, Speculation
 from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
+from puna.llm.packing import bind_model
 from puna.llm.speculative import speculation as make_speculation
 from puna.model.model import Model
 from puna.ops.registry import make_ops
@@ -90,6 +91,7 @@ class LLM:
         kv_type: str | None = None,
         speculative: str | Speculation | None = None,
         draft_model: str | Path | None = None,
+        packed: bool = True,
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
@@ -97,7 +99,8 @@ class LLM:
         the physical cores. ``ops``: ``native`` or ``reference``. ``kv_type``: what keys and values are kept as, ``f16``
         (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or ``f32``. ``speculative``: ``ngram`` or
         ``off``; ``draft_model`` is a smaller model of the same vocabulary, loaded in the same way
-        (docs/speculative.md). Raises StoreError, CheckpointError, ConfigError, TokenizerError, RequestError.
+        (docs/speculative.md). ``packed``: start from the models' packed files where there are some (docs/loading.md).
+        Raises StoreError, CheckpointError, ConfigError, TokenizerError, RequestError.
         """
         found = resolve(name_or_path)
         checkpoint = open_checkpoint(found.path)
@@ -108,9 +111,9 @@ class LLM:
             )
         manifest = found.manifest
         model_ops = make_ops(ops, threads)
-        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer)
+        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed)
         return cls(
-            Model.bind(model_ops, checkpoint.config, checkpoint.tensors),
+            bind_model(model_ops, found, checkpoint, packed=packed),
             tokenizer,
             chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
             system=manifest.system if manifest else None,
