@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,27 @@ def speculative_options(function: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Choice(["ngram", "off"]),
         help="ngram: draft tokens from what prompt and answer repeat; the answer is the same.",
     )(function)
+
+
+def parse_size(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """Bytes, from a number with or without a decimal unit: 500MB, 2GB."""
+    found = re.fullmatch(r"(\d+)\s*(?:([kMGT]?)B)?", value, re.IGNORECASE | re.ASCII)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", context, parameter)
+    return int(found[1]) * int(1000 ** " KMGT".index((found[2] or " ").upper()))
+
+
+def prefix_cache_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the choice of keeping prefixes on disk."""
+    function = click.option(
+        "--cache-size",
+        callback=parse_size,
+        default="1GB",
+        metavar="SIZE",
+        show_default=True,
+        help="At most this much in --cache-dir.",
+    )(function)
+    return click.option("--cache-dir", help="A private folder that keeps computed prompts for the next run.")(function)
 
 
 # Option name, SamplingParams field, type, help. Names are ollama's where it has one.

@@ -15,6 +15,7 @@ from puna.cli.options import (
     json_option,
     kv_type_option,
     ops_option,
+    prefix_cache_options,
     sampling_options,
     sampling_values,
     speculative_options,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @kv_type_option
 @speculative_options
 @click.option("--no-packed", "packed", flag_value=False, default=True, help="Ignore the model's packed file.")
+@prefix_cache_options
 @json_option
 def run(
     model: str,
@@ -59,6 +61,8 @@ def run(
     speculative: str | None,
     draft_model: str | None,
     packed: bool,
+    cache_dir: str | None,
+    cache_size: int,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -81,6 +85,8 @@ def run(
         speculative=speculative,
         draft_model=draft_model,
         packed=packed,
+        cache_dir=cache_dir,
+        cache_size=cache_size,
     )
     load_seconds = time.perf_counter() - started
     values = sampling_values(options)

@@ -1,6 +1,7 @@
 """Continuous batching over a paged key/value cache. Integers only: text lives above, arrays below."""
 
 from puna.engine.engine import Engine, Stream
+from puna.engine.prefix_store import PrefixCache
 from puna.engine.request import Constraint, ConstraintState, Event, FinishReason, Request, SamplingParams, Timings
 from puna.engine.speculation import Speculation
 
@@ -10,6 +11,7 @@ __all__ = [
     "Engine",
     "Event",
     "FinishReason",
+    "PrefixCache",
     "Request",
     "SamplingParams",
     "Speculation",

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from puna.engine.block_pool import BlockPool
+from puna.engine.prefix_store import PrefixCache, PrefixStore
 from puna.engine.request import Event, Request, Timings
 from puna.engine.runner import RunnableModel, Runner
 from puna.engine.scheduler import Scheduler, Work
@@ -37,13 +38,14 @@ class Engine:
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
         speculation: Speculation | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         """Allocates the cache: ``num_blocks`` blocks of ``block_size`` tokens, or what fits in ``kv_memory_bytes``,
         or else room for one context.
 
         ``context_length`` (prompt and answer) defaults to the model's, and is never more than the cache holds.
         ``kv_type``: what the cache holds numbers as, see ``Ops.new_kv``. ``speculation`` computes several tokens of an
-        answer in one step, where that is faster; they are the same ones.
+        answer in one step, where that is faster; they are the same ones. ``prefix_cache`` keeps prefixes on disk.
         Raises RequestError when a number is not possible.
         """
         for name, value in (
@@ -70,8 +72,9 @@ class Engine:
                     )
         self.model = model
         self.context_length = min(context_length, num_blocks * block_size)
-        self.scheduler = Scheduler(BlockPool(num_blocks, block_size), max_batch_tokens, max_sequences)
         kv = model.ops.new_kv(model.config, num_blocks, block_size, kv_type)
+        prefixes = None if prefix_cache is None else PrefixStore(prefix_cache, model.config, model.ops, kv)
+        self.scheduler = Scheduler(BlockPool(num_blocks, block_size), max_batch_tokens, max_sequences, prefixes)
         max_blocks = self.scheduler.pool.blocks_for(self.context_length)
         self._runner = Runner(model, kv, max_batch_tokens, max_sequences, max_blocks)
         self._speculator: Speculator | None = None

@@ -7,6 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from puna.engine.block_pool import BlockPool
+from puna.engine.prefix_store import PrefixStore
 from puna.engine.request import Event, FinishReason
 from puna.engine.sequence import Sequence
 from puna.ops.protocol import Sampled
@@ -38,11 +39,14 @@ class Scheduler:
     running arrived before everyone waiting.
     """
 
-    def __init__(self, pool: BlockPool, max_batch_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self, pool: BlockPool, max_batch_tokens: int, max_sequences: int, prefixes: PrefixStore | None = None
+    ) -> None:
         assert 0 < max_sequences <= max_batch_tokens
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
+        self.prefixes = prefixes
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.num_preemptions = 0
@@ -124,7 +128,8 @@ class Scheduler:
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             # The last token is never taken from the cache: its logits are needed.
-            cached = pool.match(sequence.tokens[:-1], sequence.request.cache_salt)
+            reusable, salt = sequence.tokens[:-1], sequence.request.cache_salt
+            cached = pool.match(reusable, salt)
             missing = pool.blocks_for(len(sequence.tokens)) - len(cached)
             if missing > pool.available:
                 pool.release(cached)
@@ -133,8 +138,11 @@ class Scheduler:
             self.running.append(sequence)
             sequence.blocks.extend(cached)
             sequence.blocks.extend(pool.allocate(missing))
-            sequence.num_registered = len(cached)
-            sequence.num_computed = len(cached) * pool.block_size
+            sequence.num_registered = found = len(cached)
+            if self.prefixes is not None:
+                found = self.prefixes.load(reusable, salt, sequence.blocks, found)
+            sequence.num_computed = found * pool.block_size
+            self._register(sequence)
             sequence.mark_admitted(sequence.num_computed)
             count = min(sequence.behind, budget)
             works.append(Work(sequence, count))
@@ -172,6 +180,9 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
+            if self.prefixes is not None:
+                full = sequence.blocks[: sequence.num_registered]
+                self.prefixes.save(sequence.tokens, sequence.request.cache_salt, full)
             self._free(sequence)
 
     def _free(self, sequence: Sequence) -> None:

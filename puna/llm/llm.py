@@ -17,10 +17,11 @@ from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
 from puna.chat.template import ChatTemplate
 from puna.checkpoint import open_checkpoint
-from puna.engine import Constraint, Engine, Request, SamplingParams, Speculation
+from puna.engine import Constraint, Engine, PrefixCache, Request, SamplingParams, Speculation
 from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
+from puna.llm.identity import model_identity
 from puna.llm.packing import bind_model
 from puna.llm.speculative import speculation as make_speculation
 from puna.model.model import Model
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 8192
 BLOCK_SIZE = 32
+CACHE_SIZE = 10**9
 
 
 class LLM:
@@ -58,6 +60,7 @@ class LLM:
         context_length: int | None = None,
         kv_type: str | None = None,
         speculation: Speculation | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none."""
         self.model = model
@@ -77,6 +80,7 @@ class LLM:
             block_size=BLOCK_SIZE,
             kv_type=kv_type,
             speculation=speculation,
+            prefix_cache=prefix_cache,
         )
         self.context_length = self.engine.context_length
 
@@ -92,6 +96,8 @@ class LLM:
         speculative: str | Speculation | None = None,
         draft_model: str | Path | None = None,
         packed: bool = True,
+        cache_dir: str | Path | None = None,
+        cache_size: int = CACHE_SIZE,
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
@@ -100,6 +106,9 @@ class LLM:
         (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or ``f32``. ``speculative``: ``ngram`` or
         ``off``; ``draft_model`` is a smaller model of the same vocabulary, loaded in the same way
         (docs/speculative.md). ``packed``: start from the models' packed files where there are some (docs/loading.md).
+        ``cache_dir``: a private folder that keeps what was computed of prompts and answers for later processes, at most
+        ``cache_size`` bytes of it (docs/prefix-cache.md).
+
         Raises StoreError, CheckpointError, ConfigError, TokenizerError, RequestError.
         """
         found = resolve(name_or_path)
@@ -121,6 +130,9 @@ class LLM:
             context_length=context_length,
             kv_type=kv_type,
             speculation=speculation,
+            prefix_cache=None
+            if cache_dir is None
+            else PrefixCache(Path(cache_dir).expanduser(), model_identity(found), cache_size),
         )
 
     def __enter__(self) -> LLM:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from puna import _native
+from puna import __version__, _native
 from puna.config import ModelConfig
 from puna.errors import RequestError
 from puna.ops.kv_types import kv_quant_type
@@ -20,6 +22,7 @@ from puna.ops.packed_file import PackedFile, PackedMatrix, packed_error
 from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow, UploadedWeight
 from puna.ops.threads import default_threads
 from puna.tensor import QUANT_TYPES, Weight
+from puna.tensor.types import QuantType
 
 Floats = NDArray[np.float32]
 Angles = tuple[Floats, Floats]
@@ -50,6 +53,7 @@ class NativeKVCache:
 
     num_blocks: int
     block_size: int
+    encoding: QuantType
     data: NDArray[np.uint8]
     native: Any
 
@@ -113,11 +117,31 @@ class NativeOps:
     ) -> NativeKVCache:
         shape = self._cache_shape(config, num_blocks, block_size, kv_type)
         buffer = _untouched_zeros(_native.cache_bytes(*shape))
-        return NativeKVCache(num_blocks, block_size, buffer.reshape(num_blocks, -1), _native.Cache(*shape, buffer))
+        return NativeKVCache(
+            num_blocks,
+            block_size,
+            kv_quant_type(kv_type or "f16", config.head_dim),
+            buffer.reshape(num_blocks, -1),
+            _native.Cache(*shape, buffer),
+        )
 
     def kv_bytes_per_token(self, config: ModelConfig, kv_type: str | None = None) -> int:
         block_size = 16  # the padding of other sizes costs a little more
         return int(_native.cache_bytes(*self._cache_shape(config, 1, block_size, kv_type))) // block_size
+
+    def export_block(self, kv: KVCache, block: int) -> memoryview:
+        assert isinstance(kv, NativeKVCache)
+        return memoryview(kv.data[block].data)
+
+    def import_block(self, kv: KVCache, block: int, data: bytes | memoryview) -> None:
+        assert isinstance(kv, NativeKVCache)
+        kv.data[block] = np.frombuffer(data, np.uint8)
+
+    def cache_identity(self, kv: KVCache) -> str:
+        """Another build of the extension may round otherwise or lay blocks out otherwise, so its digest is part."""
+        assert isinstance(kv, NativeKVCache)
+        build = hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()
+        return f"native {__version__} {build}, {self.isa}, {kv.encoding.name}, blocks of {kv.block_size}"
 
     def compiled(self, forward: Forward) -> Callable[[Batch, KVCache], Floats]:
         return _Compiled(self, forward)

@@ -102,6 +102,15 @@ class Ops(Protocol):
     def kv_bytes_per_token(self, config: ModelConfig, kv_type: str | None = None) -> int:
         """Bytes that one position occupies in this implementation's cache, over all layers. Raises as ``new_kv``."""
 
+    def export_block(self, kv: KVCache, block: int) -> memoryview:
+        """The bytes of one block, all layers of it, contiguous; valid until the block is written."""
+
+    def import_block(self, kv: KVCache, block: int, data: bytes | memoryview) -> None:
+        """Set a block to bytes that ``export_block`` gave for a cache of equal ``cache_identity``."""
+
+    def cache_identity(self, kv: KVCache) -> str:
+        """All that the bytes of a block depend on, beside the model and the tokens."""
+
     def compiled(self, forward: Callable[[Ops, Batch, KVCache], Array]) -> Callable[[Batch, KVCache], Array]:
         """What ``forward`` does on these ops, with as little cost beside its arithmetic as they can."""
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from puna import __version__
 from puna.config import ModelConfig
 from puna.ops.kv_types import kv_quant_type, round_as
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
@@ -55,6 +56,21 @@ class ReferenceOps:
     def kv_bytes_per_token(self, config: ModelConfig, kv_type: str | None = None) -> int:
         kv_quant_type(kv_type or "f32", config.head_dim)  # only to refuse what it refuses: numbers are kept in float32
         return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+    def export_block(self, kv: KVCache, block: int) -> memoryview:
+        assert isinstance(kv, ReferenceKVCache)
+        slots = slice(block * kv.block_size, (block + 1) * kv.block_size)
+        return np.stack([kv.keys[:, slots], kv.values[:, slots]]).reshape(-1).view(np.uint8).data
+
+    def import_block(self, kv: KVCache, block: int, data: bytes | memoryview) -> None:
+        assert isinstance(kv, ReferenceKVCache)
+        slots = slice(block * kv.block_size, (block + 1) * kv.block_size)
+        layers, _, *head = kv.keys.shape
+        kv.keys[:, slots], kv.values[:, slots] = np.frombuffer(data, np.float32).reshape(2, layers, -1, *head)
+
+    def cache_identity(self, kv: KVCache) -> str:
+        assert isinstance(kv, ReferenceKVCache)
+        return f"reference {__version__}, numpy {np.__version__}, {kv.encoding.name}, blocks of {kv.block_size}"
 
     def compiled(self, forward: Callable[[Ops, Batch, KVCache], Array]) -> Callable[[Batch, KVCache], Array]:
         return partial(forward, self)

@@ -37,6 +37,17 @@ class FakeOps:
     def kv_bytes_per_token(self, config: ModelConfig, kv_type: str | None = None) -> int:
         return 16
 
+    def export_block(self, kv: FakeKV, block: int) -> memoryview:
+        slots = slice(block * kv.block_size, (block + 1) * kv.block_size)
+        return np.concatenate([kv.tokens[slots], kv.positions[slots]]).view(np.uint8).data
+
+    def import_block(self, kv: FakeKV, block: int, data: bytes | memoryview) -> None:
+        slots = slice(block * kv.block_size, (block + 1) * kv.block_size)
+        kv.tokens[slots], kv.positions[slots] = np.frombuffer(data, np.int64).reshape(2, -1)
+
+    def cache_identity(self, kv: FakeKV) -> str:
+        return f"fake, blocks of {kv.block_size}"
+
     def sample(self, logits: Any, rows: list[SamplingRow]) -> list[Sampled]:
         assert len(logits) == len(rows)
         return sample_rows(logits, rows)
