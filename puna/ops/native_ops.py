@@ -62,9 +62,9 @@ class NativeOps:
     """Weights stay in their encoding; activations are quantized to int8 in groups of 32 where the weights are.
 
     A row's result depends neither on the rows beside it nor on the number of threads. ``threads`` defaults to the
-    physical cores this process may use; ``isa`` (``avx512``, ``avx2``, ``portable``) to the environment variable
-    PUNA_ISA, else the best this machine has. Raises RequestError when it can't run those instructions, and ImportError
-    on import where the extension was not built. After fork() the child computes on one thread.
+    physical cores this process may use; ``isa`` (``avx512``, ``avx2``, ``neon``, ``portable``) to the environment
+    variable PUNA_ISA, else the best this machine has. Raises RequestError when it can't run those instructions, and
+    ImportError on import where the extension was not built. After fork() the child computes on one thread.
     """
 
     name = "native"
