@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from puna import __version__, _native
+import puna._native as _native
+from puna import __version__
 from puna.config import ModelConfig
 from puna.errors import RequestError
 from puna.ops.kv_types import kv_quant_type
