@@ -54,6 +54,9 @@ inline int32_t sum(IntVec v) {
 #endif
 }
 
+// Nearest whole numbers within -127 ... 127, of NaN too: its group's scale is NaN, and sums must not overflow.
+inline IntVec round_to_code(Vec v) { return round_to_int(max(min(v, splat(127.0f)), splat(-127.0f))); }
+
 struct Group {
   int8_t values[kGroup];
   int32_t half_sums[2];
@@ -75,11 +78,11 @@ inline Group quantize(const float* x) {
   PUNA_UNROLL
   for (int h = 0; h < 2; h++) {
     constexpr int half = kGroup / 2;
-    IntVec total = round_to_int(load(x + half * h) * splat(inverse));
+    IntVec total = round_to_code(load(x + half * h) * splat(inverse));
     store_bytes(group.values + half * h, total);
     PUNA_UNROLL
     for (int i = half * h + kLanes; i < half * (h + 1); i += kLanes) {
-      const IntVec rounded = round_to_int(load(x + i) * splat(inverse));
+      const IntVec rounded = round_to_code(load(x + i) * splat(inverse));
       store_bytes(group.values + i, rounded);
       total = add(total, rounded);
     }

@@ -66,7 +66,7 @@ NB_MODULE(_native, m) {
       "instruction_sets",
       [] {
         std::vector<std::string> names;
-        for (const char* name : {"avx512", "avx2", "portable"})
+        for (const char* name : kInstructionSets)
           if (find_kernels(name)) names.emplace_back(name);
         return names;
       },

@@ -15,6 +15,8 @@ inline Vec splat_half(const uint16_t* half) {
   return _mm512_cvtph_ps(_mm256_set1_epi16(short(*half)));
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps(_mm_set1_epi16(short(*half)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_dup_u16(half)));
 #else
   return splat(half_to_float(*half));
 #endif

@@ -1,6 +1,11 @@
 // Which kernels this CPU and its operating system can run.
 #include <cstring>
 
+#if defined(PUNA_HAS_neon)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "kernels.hpp"
 
 namespace puna {
@@ -11,11 +16,14 @@ namespace avx512 { extern const Kernels kernels; }
 #if defined(PUNA_HAS_avx2)
 namespace avx2 { extern const Kernels kernels; }
 #endif
+#if defined(PUNA_HAS_neon)
+namespace neon { extern const Kernels kernels; }
+#endif
 namespace portable { extern const Kernels kernels; }
 
 namespace {
 
-// The features that CMakeLists.txt compiles each set for. The builtins ask the operating system too (XGETBV).
+// Of kInstructionSets[i]: the features that CMakeLists.txt compiles it for. The builtins ask the operating system too (XGETBV).
 const Kernels* supported(int i) {
   switch (i) {
 #if defined(PUNA_HAS_avx512)
@@ -29,7 +37,11 @@ const Kernels* supported(int i) {
     case 1:  // every CPU with AVX2 and FMA has F16C, which the builtin of older compilers doesn't know
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::kernels : nullptr;
 #endif
-    case 2: return &portable::kernels;
+#if defined(PUNA_HAS_neon)
+    case 2:  // dot products came with ARMv8.2, and every CPU that has them has the rest of it
+      return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? &neon::kernels : nullptr;
+#endif
+    case 3: return &portable::kernels;
     default: return nullptr;
   }
 }
@@ -37,10 +49,8 @@ const Kernels* supported(int i) {
 }  // namespace
 
 const Kernels* find_kernels(const char* name) {
-  for (int i = 0; i < 3; i++) {
-    const Kernels* kernels = supported(i);
-    if (kernels && !std::strcmp(name, kernels->name)) return kernels;
-  }
+  for (int i = 0; i < kInstructionSetCount; i++)
+    if (!std::strcmp(name, kInstructionSets[i])) return supported(i);
   return nullptr;
 }
 

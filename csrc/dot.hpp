@@ -122,8 +122,6 @@ template <> struct Dot<Codes::SignedBytes> : SignedDot {
 #else
 
 using Bytes = uint8_t __attribute__((vector_size(16)));
-using Words = int16_t __attribute__((vector_size(16)));
-constexpr bool kSignedDot = false;
 
 inline Bytes load_bytes(const uint8_t* p) {
   Bytes v;
@@ -131,11 +129,48 @@ inline Bytes load_bytes(const uint8_t* p) {
   return v;
 }
 inline IntVec splat_int(int32_t x) { return IntVec{x, x, x, x}; }
-inline Bytes splat_quad(const int8_t* p) { return bit_cast<Bytes>(splat_int(bit_cast<int32_t>(*reinterpret_cast<const int8_t(*)[4]>(p)))); }
 inline Bytes low_nibbles(Bytes v) { return v & 15; }
 inline Bytes high_nibbles(Bytes v) { return v >> 4; }
 inline Bytes high_bits(Bytes plane, int k) { return (k < 2 ? plane << (4 - 2 * k) : plane >> (2 * k - 4)) & 0x30; }
 inline Bytes join(Bytes a, Bytes b) { return a | b; }
+
+#if defined(__ARM_FEATURE_DOTPROD)
+
+constexpr bool kSignedDot = true;
+
+inline Bytes splat_quad(const int8_t* p) {  // by name, so that it is one load
+  return vreinterpretq_u8_s32(vld1q_dup_s32(reinterpret_cast<const int32_t*>(p)));
+}
+// Four bytes in the low half of a vector.
+inline uint8x8_t load_four(const void* p) {
+  uint32_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return vreinterpret_u8_u32(vdup_n_u32(bits));
+}
+inline Bytes look_up(Bytes index) { return vreinterpretq_u8_s8(vqtbl1q_s8(vld1q_s8(kIq4Values), index)); }
+inline Vec load_signed(const int8_t* p) {
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_four(p))))));
+}
+inline Vec load_unsigned(const uint8_t* p) { return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load_four(p))))); }
+inline Vec load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+
+template <Codes C>
+struct Dot {
+  using Partial = IntVec;
+  static Partial start(IntVec sum) { return sum; }
+  static Partial add(Partial p, Bytes codes, Bytes activations) {
+    if constexpr (C == Codes::SignedBytes) codes ^= 0x80;
+    return vdotq_s32(p, vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(activations));
+  }
+  static IntVec finish(IntVec, Partial p) { return p; }
+};
+
+#else
+
+using Words = int16_t __attribute__((vector_size(16)));
+constexpr bool kSignedDot = false;
+
+inline Bytes splat_quad(const int8_t* p) { return bit_cast<Bytes>(splat_int(bit_cast<int32_t>(*reinterpret_cast<const int8_t(*)[4]>(p)))); }
 inline Bytes look_up(Bytes index) {  // table values + 128
   uint8_t bytes[16];
   std::memcpy(bytes, &index, 16);
@@ -165,6 +200,7 @@ struct Dot {
   static IntVec finish(IntVec, Partial p) { return p; }
 };
 
+#endif
 #endif
 
 }  // namespace puna::PUNA_ISA

@@ -8,7 +8,7 @@
 // Rules for kernel sources (those compiled per instruction set):
 // - Everything they define, and every header they share, lives in `namespace puna::PUNA_ISA`. An inline function or template
 //   outside it, std:: containers and algorithms included, may be merged by the linker with a copy built for another CPU.
-// - Ask `__AVX512F__`, `__AVX2__` for the instruction set. Floats are contracted nowhere: write fma where you want one.
+// - Ask `__AVX512F__`, `__AVX2__`, `__ARM_FEATURE_DOTPROD` for the instruction set. Floats are contracted nowhere: write fma where you want one.
 // - A result never depends on the batch around it, nor on the number of threads: fixed order of float operations.
 // - Parallel loops: pool.run(count, grain, [&](int64_t begin, int64_t end, int thread) { … }); see threadpool.hpp.
 #pragma once
@@ -91,7 +91,10 @@ struct Kernels {
   X(pack) X(linears) X(decode_rows) X(rms_norm) X(rope) X(swiglu) X(attend) X(sample) \
   X(read_memory) X(multiply_int8) X(multiply_float32)
 
-// The table of that name ("avx512", "avx2", "portable"); null where this machine can't run it.
+// The names of all tables, best first. dispatch.cpp says which of them a machine can run.
+constexpr const char* kInstructionSets[] = {"avx512", "avx2", "neon", "portable"};
+constexpr int kInstructionSetCount = sizeof kInstructionSets / sizeof *kInstructionSets;
+// The table of that name; null where this machine can't run it.
 const Kernels* find_kernels(const char* name);
 // Bytes of the packed form of a [rows, columns] weight; 0 when the type has no packed form.
 int64_t packed_bytes(int type, int64_t rows, int64_t columns);

@@ -25,13 +25,18 @@ constexpr int kIntAccumulators = 4;  // a sum waits for an addition only, and as
 inline Sums add_products(Sums sums, Bytes codes, Bytes activations) {
   return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, activations));
 }
+#elif defined(__ARM_FEATURE_DOTPROD)
+using Bytes = int8x16_t;
+using Sums = int32x4_t;
+constexpr int kIntAccumulators = kAccumulators;
+inline Sums add_products(Sums sums, Bytes codes, Bytes activations) { return vdotq_s32(sums, codes, activations); }
 #else
 using Bytes = int16_t __attribute__((vector_size(16)));  // without a product of bytes they are multiplied as 16-bit words
 using Sums = Bytes;
 constexpr int kIntAccumulators = 4;
 inline Sums add_products(Sums sums, Bytes codes, Bytes activations) { return sums + codes * activations; }
 #endif
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr int64_t kProducts = sizeof(Bytes);
 #else
 constexpr int64_t kProducts = sizeof(Bytes) / 2;

@@ -14,6 +14,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns of its own header
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 namespace puna::PUNA_ISA {
@@ -128,7 +130,7 @@ inline Vec power_of_two(IntVec n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
 
-#else  // any machine: four lanes in the compiler's generic vectors, which become SSE2 or NEON
+#else  // four lanes in the compiler's generic vectors, which become SSE2 or NEON; instructions by name where those don't reach
 
 using Vec = float __attribute__((vector_size(16)));
 using IntVec = int32_t __attribute__((vector_size(16)));
@@ -153,7 +155,6 @@ inline void store_first(float* p, Vec v, int count) {
 inline Vec keep_first(Vec v, int count, Vec other) {
   return IntVec{0, 1, 2, 3} < count ? v : other;
 }
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline float reduce_add(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
@@ -161,6 +162,17 @@ inline float reduce_max(Vec v) {
   const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
   return a > b ? a : b;
 }
+inline Vec zero_where_less(Vec x, Vec limit, Vec v) { return x < limit ? Vec{} : v; }
+inline Vec to_float(IntVec v) { return __builtin_convertvector(v, Vec); }
+inline Vec power_of_two(IntVec n) { return bit_cast<Vec>((n + 127) << 23); }
+
+#if defined(__ARM_FEATURE_DOTPROD)
+inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+inline Vec load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline void store_half(uint16_t* p, Vec v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+inline IntVec round_to_int(Vec v) { return vcvtnq_s32_f32(v); }
+#else
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec load_half(const uint16_t* p) {
   using Halves = uint16_t __attribute__((vector_size(8)));
   using Words = uint32_t __attribute__((vector_size(16)));
@@ -175,13 +187,11 @@ inline Vec load_half(const uint16_t* p) {
 inline void store_half(uint16_t* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
 }
-inline Vec zero_where_less(Vec x, Vec limit, Vec v) { return x < limit ? Vec{} : v; }
 inline IntVec round_to_int(Vec v) {
   const Vec shift = splat(0x1.8p23f);  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
   return bit_cast<IntVec>(v + shift) - bit_cast<IntVec>(shift);
 }
-inline Vec to_float(IntVec v) { return __builtin_convertvector(v, Vec); }
-inline Vec power_of_two(IntVec n) { return bit_cast<Vec>((n + 127) << 23); }
+#endif
 
 #endif
 

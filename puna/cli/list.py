@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 import click
 
 from puna.cli.options import json_option
-from puna.cli.progress import human_bytes
+from puna.cli.progress import file_size, human_bytes
 
 
 @click.command("list")
@@ -33,15 +33,17 @@ def list_models(available: bool, as_json: bool) -> None:
 def _stored() -> list[dict[str, object]]:
     from puna.store import Store
 
+    store = Store()
     return [
         {
             "name": str(manifest.model_name),
             "digest": manifest.content_digest[:12],
             "size": manifest.size,
+            "packed": file_size(store.packs.path(manifest.content_digest)),
             "created": manifest.created,
             "licence": manifest.licence or "",
         }
-        for manifest in Store().models()
+        for manifest in store.models()
     ]
 
 
@@ -62,7 +64,7 @@ def _available() -> list[dict[str, object]]:
 
 
 def _cell(column: str, value: object) -> str:
-    if column == "size" and isinstance(value, int):
+    if column in ("size", "packed") and isinstance(value, int):
         return human_bytes(value)
     if column == "parameters" and isinstance(value, int):
         return f"{value / 1e9:.1f}B" if value >= 1e9 else f"{value / 1e6:.0f}M"

@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "rm": "puna.cli.rm:rm",
     "cp": "puna.cli.cp:cp",
     "import": "puna.cli.import_model:import_model",
+    "pack": "puna.cli.pack:pack",
     "convert": "puna.cli.convert:convert",
     "bench": "puna.cli.bench:bench",
     "doctor": "puna.cli.doctor:doctor",

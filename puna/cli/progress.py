@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import TracebackType
 
 import click
@@ -68,3 +69,8 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 10 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file, or None where there is none."""
+    return path.stat().st_size if path.is_file() else None

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 @ops_option
 @kv_type_option
 @speculative_options
+@click.option("--no-packed", "packed", flag_value=False, default=True, help="Ignore the model's packed file.")
 @prefix_cache_options
 @json_option
 def run(
@@ -59,6 +60,7 @@ def run(
     kv_type: str | None,
     speculative: str | None,
     draft_model: str | None,
+    packed: bool,
     cache_dir: str | None,
     cache_size: int,
     as_json: bool,
@@ -82,6 +84,7 @@ def run(
         kv_type=kv_type,
         speculative=speculative,
         draft_model=draft_model,
+        packed=packed,
         cache_dir=cache_dir,
         cache_size=cache_size,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from puna.cli.options import json_option
-from puna.cli.progress import human_bytes
+from puna.cli.progress import file_size, human_bytes
 
 
 @click.command()
@@ -66,7 +66,11 @@ def model_facts(model: str) -> dict[str, Any]:
             "cache per token": f"{human_bytes(kv_bytes_per_token(config))} at 16 bits",
             "operations per token": f"{flops_per_token(config, 1) / 1e9:.2f} GFLOP",
         },
-        "file": {"path": str(found.path), "size": manifest.size if manifest else total_bytes},
+        "file": {
+            "path": str(found.path),
+            "size": manifest.size if manifest else total_bytes,
+            "packed": file_size(found.packed),
+        },
         "licence": (manifest.licence if manifest else None) or checkpoint.description.get("license"),
         "parameters": dict(manifest.parameters) if manifest else {},
         "system": manifest.system if manifest else None,
@@ -80,6 +84,8 @@ def _print_section(section: str, values: Any) -> None:
     if isinstance(values, dict):
         width = max(map(len, values))
         for name, value in values.items():
+            if value is None:
+                continue
             shown = f"{value:,}" if isinstance(value, int) else value
             click.echo(f"    {name.ljust(width)}  {shown}")
     else:

@@ -22,6 +22,7 @@ from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
 from puna.llm.identity import model_identity
+from puna.llm.packing import bind_model
 from puna.llm.speculative import speculation as make_speculation
 from puna.model.model import Model
 from puna.ops.registry import make_ops
@@ -94,6 +95,7 @@ class LLM:
         kv_type: str | None = None,
         speculative: str | Speculation | None = None,
         draft_model: str | Path | None = None,
+        packed: bool = True,
         cache_dir: str | Path | None = None,
         cache_size: int = CACHE_SIZE,
     ) -> LLM:
@@ -103,8 +105,9 @@ class LLM:
         the physical cores. ``ops``: ``native`` or ``reference``. ``kv_type``: what keys and values are kept as, ``f16``
         (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or ``f32``. ``speculative``: ``ngram`` or
         ``off``; ``draft_model`` is a smaller model of the same vocabulary, loaded in the same way
-        (docs/speculative.md). ``cache_dir``: a private folder that keeps what was computed of prompts and answers for
-        later processes, at most ``cache_size`` bytes of it (docs/prefix-cache.md).
+        (docs/speculative.md). ``packed``: start from the models' packed files where there are some (docs/loading.md).
+        ``cache_dir``: a private folder that keeps what was computed of prompts and answers for later processes, at most
+        ``cache_size`` bytes of it (docs/prefix-cache.md).
 
         Raises StoreError, CheckpointError, ConfigError, TokenizerError, RequestError.
         """
@@ -117,9 +120,9 @@ class LLM:
             )
         manifest = found.manifest
         model_ops = make_ops(ops, threads)
-        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer)
+        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed)
         return cls(
-            Model.bind(model_ops, checkpoint.config, checkpoint.tensors),
+            bind_model(model_ops, found, checkpoint, packed=packed),
             tokenizer,
             chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
             system=manifest.system if manifest else None,

@@ -7,14 +7,14 @@ from pathlib import Path
 from puna.checkpoint import open_checkpoint
 from puna.engine import Speculation
 from puna.errors import RequestError
-from puna.model.model import Model
+from puna.llm.packing import bind_model
 from puna.ops.protocol import Ops
 from puna.store import resolve
 from puna.tokenizer import Tokenizer
 
 
 def speculation(
-    choice: str | Speculation | None, draft_model: str | Path | None, ops: Ops, tokenizer: Tokenizer
+    choice: str | Speculation | None, draft_model: str | Path | None, ops: Ops, tokenizer: Tokenizer, *, packed: bool
 ) -> Speculation | None:
     """What the engine is to do; None for no speculation. A draft model is loaded onto the same ops.
 
@@ -34,7 +34,7 @@ def speculation(
         raise RequestError(
             f"{found.path} can't draft: its vocabulary is not the model's; choose one of the same family"
         )
-    return Speculation("model", draft_model=Model.bind(ops, checkpoint.config, checkpoint.tensors))
+    return Speculation("model", draft_model=bind_model(ops, found, checkpoint, packed=packed))
 
 
 def _same_vocabulary(one: Tokenizer, other: Tokenizer) -> bool:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from puna.config import ModelConfig
 from puna.model import llama
-from puna.ops.protocol import Array, Batch, KVCache, Ops
+from puna.ops.protocol import Array, Batch, KVCache, Ops, UploadedWeight
 from puna.tensor import Weight
 
 
@@ -21,9 +21,16 @@ class Model:
     weights: llama.Weights
 
     @classmethod
-    def bind(cls, ops: Ops, config: ModelConfig, tensors: Mapping[str, Weight]) -> Model:
-        """Upload every tensor (Hugging Face names)."""
-        uploaded = {name: ops.weight(weight) for name, weight in tensors.items()}
+    def bind(
+        cls,
+        ops: Ops,
+        config: ModelConfig,
+        tensors: Mapping[str, Weight],
+        uploaded: Mapping[str, UploadedWeight] | None = None,
+    ) -> Model:
+        """Upload every tensor (Hugging Face names) but those that are ``uploaded``, which are not even read."""
+        ready = uploaded or {}
+        uploaded = {name: ready[name] if name in ready else ops.weight(tensors[name]) for name in tensors}
         return cls(ops, config, llama.bind(config, uploaded))
 
     def forward(self, batch: Batch, kv: KVCache) -> Array:

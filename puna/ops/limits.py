@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from puna import _native
+import puna._native as _native
 from puna.ops.native_ops import NativeOps
 
 READ_BYTES = 1 << 28  # well beyond any cache that one process gets to itself

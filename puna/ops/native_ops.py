@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from puna import __version__, _native
+import puna._native as _native
+from puna import __version__
 from puna.config import ModelConfig
 from puna.errors import RequestError
 from puna.ops.kv_types import kv_quant_type
 from puna.ops.native_program import Forward, Traced, trace
+from puna.ops.packed_file import PackedFile, PackedMatrix, packed_error
 from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow, UploadedWeight
 from puna.ops.threads import default_threads
-from puna.tensor import Weight
+from puna.tensor import QUANT_TYPES, Weight
 from puna.tensor.types import QuantType
 
 Floats = NDArray[np.float32]
@@ -61,12 +63,13 @@ class NativeOps:
     """Weights stay in their encoding; activations are quantized to int8 in groups of 32 where the weights are.
 
     A row's result depends neither on the rows beside it nor on the number of threads. ``threads`` defaults to the
-    physical cores this process may use; ``isa`` (``avx512``, ``avx2``, ``portable``) to the environment variable
-    PUNA_ISA, else the best this machine has. Raises RequestError when it can't run those instructions, and ImportError
-    on import where the extension was not built. After fork() the child computes on one thread.
+    physical cores this process may use; ``isa`` (``avx512``, ``avx2``, ``neon``, ``portable``) to the environment
+    variable PUNA_ISA, else the best this machine has. Raises RequestError when it can't run those instructions, and
+    ImportError on import where the extension was not built. After fork() the child computes on one thread.
     """
 
     name = "native"
+    panel_layout: int = _native.panel_layout
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         known = _native.instruction_sets()
@@ -82,6 +85,33 @@ class NativeOps:
         if len(weight.shape) != 2:
             return np.ascontiguousarray(weight.dequantize())
         return NativeWeight(weight.name, (weight.shape[0], weight.shape[1]), weight)
+
+    def pack(self, weight: Weight, destination: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """The panels of a matrix, in zeros at a multiple of 64 bytes that are given or made."""
+        kind, (rows, columns) = weight.type.gguf_id, weight.shape
+        if destination is None:
+            destination = _untouched_zeros(_native.packed_bytes(kind, rows, columns))
+        self._native.pack(kind, rows, columns, np.ascontiguousarray(weight.data), destination)
+        return destination
+
+    def packed_matrix(self, weight: Weight) -> PackedMatrix:
+        """What a packed file says of a matrix, its place left open."""
+        rows, columns = weight.shape
+        size = _native.packed_bytes(weight.type.gguf_id, rows, columns)
+        return PackedMatrix(weight.name, weight.type.name, rows, columns, 0, size)
+
+    def packed_weight(self, file: PackedFile, matrix: PackedMatrix, rows: Weight | None = None) -> UploadedWeight:
+        """A matrix of a packed file, ready for use. ``rows``: its encoded rows, for a table that tokens look up.
+
+        Raises CheckpointError when the type is unknown or the matrix has another size than its shape calls for.
+        """
+        if matrix.type not in QUANT_TYPES:
+            raise packed_error(file.path, f"{matrix.name} is of the unknown type {matrix.type[:50]!a}")
+        kind = QUANT_TYPES[matrix.type].gguf_id
+        if not 0 < matrix.size == _native.packed_bytes(kind, matrix.rows, matrix.columns):
+            raise packed_error(file.path, f"{matrix.name} has {matrix.size} bytes, which its shape does not call for")
+        panels = _native.Panels(kind, matrix.rows, matrix.columns, file.panels(matrix))
+        return NativeWeight(matrix.name, (matrix.rows, matrix.columns), rows, panels)
 
     def new_kv(
         self, config: ModelConfig, num_blocks: int, block_size: int, kv_type: str | None = None
@@ -184,8 +214,7 @@ class NativeOps:
     def _pack(self, w: NativeWeight) -> Any:
         assert w.source is not None
         kind, (rows, columns) = w.source.type.gguf_id, w.shape
-        packed = self._panel_memory.take(_native.packed_bytes(kind, rows, columns))
-        self._native.pack(kind, rows, columns, np.ascontiguousarray(w.source.data), packed)
+        packed = self.pack(w.source, self._panel_memory.take(_native.packed_bytes(kind, rows, columns)))
         w.panels = _native.Panels(kind, rows, columns, packed)
         if not _drop_mapped_pages(w.source.data) and not w.looked_up:
             w.source = None  # no file behind it: free the memory

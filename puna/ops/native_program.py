@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from puna import _native
+import puna._native as _native
 from puna.ops.protocol import Array, Batch, KVCache, Ops
 
 Floats = NDArray[np.float32]

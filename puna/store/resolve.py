@@ -8,6 +8,7 @@ from pathlib import Path
 
 from puna.errors import StoreError
 from puna.store.manifest import Manifest
+from puna.store.packs import packed_beside, path_identity
 from puna.store.store import Store
 
 MODEL_SUFFIXES = (".gguf", ".safetensors")
@@ -15,10 +16,19 @@ MODEL_SUFFIXES = (".gguf", ".safetensors")
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """``path`` is what ``open_checkpoint`` takes; ``manifest`` is None for a file or folder outside the store."""
+    """``path`` is what ``open_checkpoint`` takes; ``manifest`` is None for a file or folder outside the store.
+
+    ``packed`` is where the packed file of the model lies, or would.
+    """
 
     path: Path
     manifest: Manifest | None
+    packed: Path
+
+    @property
+    def identity(self) -> str:
+        """What a packed file must have been made from. Raises OSError."""
+        return path_identity(self.path) if self.manifest is None else self.manifest.content_digest
 
 
 def resolve(name_or_path: str | os.PathLike[str], store: Store | None = None) -> ResolvedModel:
@@ -29,16 +39,20 @@ def resolve(name_or_path: str | os.PathLike[str], store: Store | None = None) ->
     """
     path = existing_path(name_or_path)
     if path is not None:
-        return ResolvedModel(path, None)
+        return _outside(path)
     text = os.fspath(name_or_path)
     store = store or Store()
     try:
         manifest = store.find(text)
     except StoreError:
         if os.path.exists(text):
-            return ResolvedModel(Path(text), None)
+            return _outside(Path(text))
         raise
-    return ResolvedModel(store.path_of(manifest), manifest)
+    return ResolvedModel(store.path_of(manifest), manifest, store.packs.path(manifest.content_digest))
+
+
+def _outside(path: Path) -> ResolvedModel:
+    return ResolvedModel(path, None, packed_beside(path))
 
 
 def existing_path(name_or_path: str | os.PathLike[str]) -> Path | None:

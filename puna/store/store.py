@@ -20,6 +20,7 @@ from puna.store.disk import digest_file, disk_errors, link_or_copy, sync_folder,
 from puna.store.lock import file_lock
 from puna.store.manifest import Manifest, StoredFile
 from puna.store.names import ModelName, catalog_entry
+from puna.store.packs import Packs
 from puna.store.progress import Meter, Progress, Silent
 
 _ATTEMPTS = 20
@@ -50,7 +51,8 @@ def default_home() -> Path:
 
 
 class Store:
-    """Models on this machine: ``blobs/``, ``manifests/`` and ``views/`` (a folder per model with its files' own names).
+    """Models on this machine: ``blobs/``, ``manifests/``, ``views/`` (a folder per model with its files' own names)
+    and ``packed/``.
 
     Reading takes no lock. ``notify`` hears one-line messages: waits, and damaged manifests that were passed over.
     Every method raises StoreError when the disk is full, forbids writing, or holds a damaged manifest.
@@ -60,6 +62,7 @@ class Store:
         self.home = (home or default_home()).absolute()
         self.notify = notify
         self.blobs = Blobs(self.home)
+        self.packs = Packs(self.home)
         self._manifests = self.home / "manifests"
         self._views = self.home / "views"
 
@@ -261,7 +264,7 @@ class Store:
         for leftover in self._manifests.rglob(".*.new"):
             leftover.unlink()
         self.blobs.collect_partial()
-        return self.blobs.collect(referenced)
+        return self.packs.collect(views) + self.blobs.collect(referenced)
 
     def _remove_empty_folders(self, folder: Path) -> None:
         while folder != self._manifests and not any(folder.iterdir()):

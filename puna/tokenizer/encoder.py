@@ -29,7 +29,7 @@ def plain_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
 
 
 def _native_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
-    """The library cuts the text, csrc/bpe.cpp merges the words: it starts in a third of the time and of the memory."""
+    """The library cuts the text, csrc/bpe.cpp merges the words: the merges need no tables of the library's own."""
     merges = vocabulary.merges.texts if isinstance(vocabulary.merges, JoinedMerges) else vocabulary.merges
     hidden = bytes(kind in _HIDDEN for kind in vocabulary.types)
     try:

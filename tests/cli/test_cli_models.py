@@ -28,6 +28,26 @@ def test_copy_then_remove_keeps_the_file_for_the_other_name(stored, home: Path) 
     assert "puna pull smollm2" in stored("list").err
 
 
+def test_a_packed_model_says_the_same_and_is_counted(stored, home: Path) -> None:
+    question = ("run", "smollm2", "What is 2+2?", "--temperature", "0", "--num-predict", "4")
+    assert stored("list", "--json").json[0]["packed"] is None
+    assert "None" not in stored("show", "smollm2").out
+    before = stored(*question)
+    assert "packed smollm2: " in stored("pack", "smollm2").out
+    (file,) = (home / "packed").iterdir()
+    assert stored("list", "--json").json[0]["packed"] == file.stat().st_size
+    assert stored("show", "smollm2", "--json").json["file"]["packed"] == file.stat().st_size
+    assert (stored(*question).out, stored(*question).err) == (before.out, before.err)
+    file.write_bytes(b"rubbish")
+    warned = stored(*question)
+    assert (warned.code, warned.out) == (0, before.out)
+    assert warned.err.startswith(f"Warning: the packed file {file} is not used: ")
+    assert len(warned.err.splitlines()) == 1
+    assert stored(*question, "--no-packed").err == before.err
+    assert stored("rm", "smollm2").code == 0
+    assert not file.exists()
+
+
 def test_convert_to_safetensors_and_meta_and_back(stored, shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "weights" / "stories260K" / "stories260K.gguf"
     assert stored("convert", str(source), str(tmp_path / "hf")).code == 0

@@ -160,7 +160,11 @@ def test_nothing_asked_nothing_answered(llm: LLM) -> None:
 
 def test_documentation_examples(llm: LLM, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The docstrings' examples, with "smollm2" standing for the file."""
-    monkeypatch.setattr(puna.llm.llm, "resolve", lambda name: puna.store.ResolvedModel(smollm2_path, None))
+    monkeypatch.setattr(
+        puna.llm.llm,
+        "resolve",
+        lambda name: puna.store.ResolvedModel(smollm2_path, None, smollm2_path.with_suffix(".packed")),
+    )
     finder = doctest.DocTestFinder()
     runner = doctest.DocTestRunner()
     for test in finder.find(LLM, "LLM", globs={"llm": llm, "LLM": LLM}):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from kernel_reference import dense
 
 from puna.tensor import QUANT_TYPES
 
@@ -54,22 +55,6 @@ def aligned(size):
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size]
-
-
-def dense(q, k, v, heads, kv_heads, kv_type="f16"):
-    """Causal attention of one sequence in float64, on keys and values rounded as the cache holds them."""
-    n = len(q)
-    q = q.astype(np.float64).reshape(n, heads, -1).swapaxes(0, 1)
-    k, v = (x.reshape(n, kv_heads, -1).swapaxes(0, 1) for x in (k, v))
-    k, v = (
-        QUANT_TYPES[kv_type.upper()].decode(QUANT_TYPES[kv_type.upper()].encode(x)).astype(np.float64) for x in (k, v)
-    )
-    k, v = (np.repeat(x, heads // kv_heads, axis=0) for x in (k, v))
-    scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
-    scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    return (weights @ v).swapaxes(0, 1).reshape(n, -1)
 
 
 SHAPES = [  # heads, kv heads, head_dim

@@ -7,79 +7,25 @@ as csrc/activations.hpp describes.
 import mmap
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_reference import FLOATS, TYPES, block_of, decoded, quantized, random_weight
 
 from puna.errors import RequestError
-from puna.tensor import QUANT_TYPES, QuantType, Weight
+from puna.tensor import QUANT_TYPES, Weight
 
 native = pytest.importorskip("puna._native", reason="the native extension is not built")
 
 from puna.ops.native_ops import NativeOps  # noqa: E402
 
 ISAS = native.instruction_sets()
-TYPES = sorted(QUANT_TYPES)
-FLOATS = ("F32", "F16", "BF16")
-HALF_FIELDS = {  # byte offsets of a block's float16 scales and minima (ggml-common.h)
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-}
 
 
 @pytest.fixture(scope="module", params=ISAS)
 def ops(request: pytest.FixtureRequest) -> NativeOps:
     return NativeOps(2, request.param)
-
-
-def with_scales(kind: QuantType, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Sane scales in place of random ones in blocks [rows, blocks, block_bytes]."""
-    for offset in HALF_FIELDS.get(kind.name, ()):
-        data[:, :, offset : offset + 2] = rng.uniform(-0.1, 0.1, (*data.shape[:2], 1)).astype("<f2").view(np.uint8)
-    if kind.name == "Q8_K":
-        data[:, :, :4] = rng.uniform(-0.1, 0.1, (*data.shape[:2], 1)).astype("<f4").view(np.uint8)
-    return data.reshape(len(data), -1)
-
-
-def random_weight(name: str, rows: int, columns: int, seed: int = 0, codes: tuple[int, ...] = ()) -> Weight:
-    """Random valid blocks; with ``codes``, of these bytes only."""
-    kind, rng = QUANT_TYPES[name], np.random.default_rng(seed)
-    if name in FLOATS:
-        data = kind.encode(rng.standard_normal((rows, columns), np.float32))
-    else:
-        shape = (rows, columns // kind.block_size, kind.block_bytes)
-        data = rng.choice(np.array(codes, np.uint8), shape) if codes else rng.integers(0, 256, shape, np.uint8)
-        data = with_scales(kind, data, rng)
-    return Weight("w", (rows, columns), kind, data)
-
-
-def decoded(weight: Weight) -> np.ndarray:
-    kind = gguf.GGMLQuantizationType(weight.type.gguf_id)
-    try:
-        return gguf.quants.dequantize(weight.data, kind).reshape(weight.shape).astype(np.float64)
-    except NotImplementedError:
-        return weight.dequantize().astype(np.float64)
-
-
-def quantized(x: np.ndarray) -> np.ndarray:
-    """Groups of 32 rounded to 127 steps of their largest magnitude, as the kernels see them; float64."""
-    groups = x.reshape(len(x), -1, 32)
-    largest = np.abs(groups).max(axis=-1, keepdims=True)
-    inverse = np.where(largest < 1e-30, 0, np.float32(127) / np.maximum(largest, np.float32(1e-30)))
-    codes = np.rint(groups * inverse.astype(np.float32))
-    return (codes.astype(np.float64) * (largest / np.float32(127))).reshape(x.shape)
 
 
 def assert_formula(ops: NativeOps, weight: Weight, x: np.ndarray) -> None:
@@ -89,10 +35,6 @@ def assert_formula(ops: NativeOps, weight: Weight, x: np.ndarray) -> None:
     difference = np.abs(ops.linear(x, ops.weight(weight)) - inputs @ w.T)
     magnitude = np.abs(inputs) @ np.abs(w).T + 1e-30
     assert (difference / magnitude).max() < 2e-6
-
-
-def block_of(name: str) -> int:
-    return 1 if name in FLOATS else QUANT_TYPES[name].block_size
 
 
 @pytest.mark.parametrize("name", TYPES)
