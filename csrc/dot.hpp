@@ -129,6 +129,7 @@ inline Bytes load_bytes(const uint8_t* p) {
   return v;
 }
 inline IntVec splat_int(int32_t x) { return IntVec{x, x, x, x}; }
+inline Bytes splat_quad(const int8_t* p) { return bit_cast<Bytes>(splat_int(bit_cast<int32_t>(*reinterpret_cast<const int8_t(*)[4]>(p)))); }
 inline Bytes low_nibbles(Bytes v) { return v & 15; }
 inline Bytes high_nibbles(Bytes v) { return v >> 4; }
 inline Bytes high_bits(Bytes plane, int k) { return (k < 2 ? plane << (4 - 2 * k) : plane >> (2 * k - 4)) & 0x30; }
@@ -138,9 +139,6 @@ inline Bytes join(Bytes a, Bytes b) { return a | b; }
 
 constexpr bool kSignedDot = true;
 
-inline Bytes splat_quad(const int8_t* p) {  // by name, so that it is one load
-  return vreinterpretq_u8_s32(vld1q_dup_s32(reinterpret_cast<const int32_t*>(p)));
-}
 // Four bytes in the low half of a vector.
 inline uint8x8_t load_four(const void* p) {
   uint32_t bits;
@@ -170,7 +168,6 @@ struct Dot {
 using Words = int16_t __attribute__((vector_size(16)));
 constexpr bool kSignedDot = false;
 
-inline Bytes splat_quad(const int8_t* p) { return bit_cast<Bytes>(splat_int(bit_cast<int32_t>(*reinterpret_cast<const int8_t(*)[4]>(p)))); }
 inline Bytes look_up(Bytes index) {  // table values + 128
   uint8_t bytes[16];
   std::memcpy(bytes, &index, 16);
