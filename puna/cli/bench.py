@@ -68,8 +68,11 @@ def bench(
         from puna.ops.threads import default_threads
         from puna.store import resolve
 
-        if load_options["ops"] == "reference":
-            raise RequestError("--compare measures the native ops; leave out --ops reference")
+        for name in ("ops", "kv_type", "speculative", "draft_model"):
+            if load_options[name] not in (None, "native"):
+                raise RequestError(
+                    f"--compare measures both programs as they are; leave out --{name.replace('_', '-')}"
+                )
         work = Work(
             resolve(model).path,
             prompt_tokens,

@@ -57,3 +57,12 @@ def test_only_gguf_files_are_compared(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RequestError, match="needs a GGUF file"):
         run(tmp_path, "--compare", "llama.cpp")
+
+
+@pytest.mark.parametrize(
+    "options", [("--ops", "reference"), ("--kv-type", "q8_0"), ("--speculative", "ngram"), ("--draft-model", "x")]
+)
+def test_options_that_only_one_program_has_are_refused(model: Path, options: tuple[str, str]) -> None:
+    """They were taken and ignored once: the figures would not have been of what was asked for."""
+    with pytest.raises(RequestError, match=f"leave out {options[0]}"):
+        run(model, "--compare", "llama.cpp", *options)
