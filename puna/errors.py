@@ -31,3 +31,15 @@ class StoreError(PunaError):
 
 class SourceError(PunaError):
     """A model source cannot be reached, refuses access, or delivered the wrong bytes."""
+
+
+class CapacityError(PunaError):
+    """The machine cannot take more now: its memory or a queue is full. ``retry_after`` is a guess in seconds."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class AccessError(PunaError):
+    """A key is missing, wrong, or not allowed to do this."""

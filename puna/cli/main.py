@@ -14,6 +14,7 @@ from puna.errors import PunaError
 
 COMMANDS: dict[str, str] = {
     "run": "puna.cli.run:run",
+    "serve": "puna.cli.serve:serve",
     "pull": "puna.cli.pull:pull",
     "list": "puna.cli.list:list_models",
     "show": "puna.cli.show:show",
@@ -44,7 +45,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(puna.__version__, "-v", "--version", prog_name="puna")
 def cli() -> None:
-    """Run, inspect and convert models of the Llama family on this machine."""
+    """Run, serve, inspect and convert models of the Llama family on this machine."""
 
 
 def main(arguments: list[str] | None = None) -> None:

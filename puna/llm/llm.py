@@ -25,8 +25,9 @@ from puna.llm.identity import model_identity
 from puna.llm.packing import bind_model
 from puna.llm.speculative import speculation as make_speculation
 from puna.model.model import Model
+from puna.ops.protocol import Ops
 from puna.ops.registry import make_ops
-from puna.store import resolve
+from puna.store import ResolvedModel, resolve
 from puna.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 8192
 BLOCK_SIZE = 32
 CACHE_SIZE = 10**9
+MAX_SEQUENCES = 64
+MAX_BATCH_TOKENS = 512
+CACHED_CONTEXTS = 4
 
 
 class LLM:
@@ -61,6 +65,7 @@ class LLM:
         kv_type: str | None = None,
         speculation: Speculation | None = None,
         prefix_cache: PrefixCache | None = None,
+        max_sequences: int = MAX_SEQUENCES,
     ) -> None:
         """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none."""
         self.model = model
@@ -81,37 +86,41 @@ class LLM:
             kv_type=kv_type,
             speculation=speculation,
             prefix_cache=prefix_cache,
+            max_sequences=max_sequences,
+            max_batch_tokens=max(MAX_BATCH_TOKENS, max_sequences),
         )
         self.context_length = self.engine.context_length
 
     @classmethod
     def load(
         cls,
-        name_or_path: str | Path,
+        name_or_path: str | Path | ResolvedModel,
         *,
         context_length: int | None = None,
         threads: int | None = None,
-        ops: str | None = None,
+        ops: str | Ops | None = None,
         kv_type: str | None = None,
         speculative: str | Speculation | None = None,
         draft_model: str | Path | None = None,
         packed: bool = True,
         cache_dir: str | Path | None = None,
         cache_size: int = CACHE_SIZE,
+        max_sequences: int = MAX_SEQUENCES,
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
         ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to
-        the physical cores. ``ops``: ``native`` or ``reference``. ``kv_type``: what keys and values are kept as, ``f16``
-        (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or ``f32``. ``speculative``: ``ngram`` or
-        ``off``; ``draft_model`` is a smaller model of the same vocabulary, loaded in the same way
-        (docs/speculative.md). ``packed``: start from the models' packed files where there are some (docs/loading.md).
-        ``cache_dir``: a private folder that keeps what was computed of prompts and answers for later processes, at most
-        ``cache_size`` bytes of it (docs/prefix-cache.md).
+        the physical cores. ``ops``: ``native`` or ``reference``, or ops to share with other models. ``kv_type``: what
+        keys and values are kept as, ``f16`` (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or
+        ``f32``. ``speculative``: ``ngram`` or ``off``; ``draft_model`` is a smaller model of the same vocabulary,
+        loaded in the same way (docs/speculative.md). ``packed``: start from the models' packed files where there are
+        some (docs/loading.md). ``cache_dir``: a private folder that keeps what was computed of prompts and answers for
+        later processes, at most ``cache_size`` bytes of it (docs/prefix-cache.md). At most ``max_sequences`` requests
+        are computed together.
 
         Raises StoreError, CheckpointError, ConfigError, TokenizerError, RequestError.
         """
-        found = resolve(name_or_path)
+        found = name_or_path if isinstance(name_or_path, ResolvedModel) else resolve(name_or_path)
         checkpoint = open_checkpoint(found.path)
         tokenizer = checkpoint.tokenizer
         if tokenizer is None:
@@ -119,7 +128,7 @@ class LLM:
                 f"{found.path} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the weights"
             )
         manifest = found.manifest
-        model_ops = make_ops(ops, threads)
+        model_ops = make_ops(ops, threads) if ops is None or isinstance(ops, str) else ops
         speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed)
         return cls(
             bind_model(model_ops, found, checkpoint, packed=packed),
@@ -133,6 +142,7 @@ class LLM:
             prefix_cache=None
             if cache_dir is None
             else PrefixCache(Path(cache_dir).expanduser(), model_identity(found), cache_size),
+            max_sequences=max_sequences,
         )
 
     def __enter__(self) -> LLM:
@@ -344,4 +354,4 @@ def _cache_blocks(model: Model, context_length: int, kv_type: str | None, *, exp
             f"a context of {context_length} tokens needs {one_context * block_bytes >> 20} MiB of cache, more than "
             f"half of the free memory ({affordable * block_bytes >> 20} MiB); choose a smaller context_length"
         )
-    return int(max(1, min(4 * one_context, affordable)))
+    return int(max(1, min(CACHED_CONTEXTS * one_context, affordable)))
