@@ -10,7 +10,7 @@ from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
 from puna.chat.template import ChatTemplate
 from puna.engine import Constraint, Request, SamplingParams
-from puna.errors import RequestError
+from puna.errors import ContextError
 from puna.server.manager import ServedModel
 from puna.server.pieces import AnswerReader, Pieces, PlainReader
 
@@ -20,7 +20,7 @@ class Ask:
     """What every kind of generation has. ``n`` answers are made of one prompt, with seeds that follow each other.
 
     ``context_length`` is a bound below the loaded model's. A prompt that is too long is an error unless ``truncate``
-    says to drop its oldest part. ``tenant`` is whom the request is for: its cached prefixes are its own.
+    says to drop its oldest part; before that, ``last_tokens`` keeps only that many of its end. ``tenant`` is whom the request is for: its cached prefixes are its own.
     """
 
     sampling: SamplingParams
@@ -28,6 +28,7 @@ class Ask:
     constraint: Constraint | None = None
     context_length: int | None = None
     truncate: bool = False
+    last_tokens: int | None = None
     tenant: str = ""
 
 
@@ -68,6 +69,8 @@ def chat_prompt(model: ServedModel, ask: ChatAsk) -> Prompt:
             continue_final_message=ask.continue_final_message,
             **ask.template_variables,
         )
+        if ask.last_tokens is not None:
+            prompt = replace(prompt, ids=prompt.ids[-ask.last_tokens :])
         if len(prompt.ids) < limit:
             return prompt
         oldest = next((i for i, message in enumerate(messages[:-1]) if message.role != "system"), None)
@@ -84,16 +87,30 @@ def chat_pieces(model: ServedModel, ask: ChatAsk) -> tuple[Prompt, Pieces]:
 
 def text_pieces(model: ServedModel, ids: Sequence[int], ask: Ask) -> Pieces:
     """The continuations of raw tokens. Raises RequestError."""
+    return texts_pieces(model, [ids], ask)
+
+
+def texts_pieces(model: ServedModel, prompts: Sequence[Sequence[int]], ask: Ask) -> Pieces:
+    """The continuations of several prompts: the first ``ask.n`` answers are the first's. Raises RequestError."""
     limit = _limit(model, ask)
-    if len(ids) >= limit:
-        if not ask.truncate:
-            raise _too_long(len(ids), limit)
-        ids = ids[len(ids) - limit + 1 :]
-    return _pieces(model, ask, ids, PlainReader)
+    requests: list[Request] = []
+    for ids in prompts:
+        if ask.last_tokens is not None:
+            ids = ids[-ask.last_tokens :]
+        if len(ids) >= limit:
+            if not ask.truncate:
+                raise _too_long(len(ids), limit)
+            ids = ids[len(ids) - limit + 1 :]
+        requests += _requests(model, ask, ids)
+    return Pieces(model, requests, PlainReader)
 
 
 def _pieces(model: ServedModel, ask: Ask, ids: Sequence[int], reader: Callable[[], AnswerReader]) -> Pieces:
-    return Pieces(model, [_request(model, ask, ids, i) for i in range(ask.n)], reader)
+    return Pieces(model, _requests(model, ask, ids), reader)
+
+
+def _requests(model: ServedModel, ask: Ask, ids: Sequence[int]) -> list[Request]:
+    return [_request(model, ask, ids, i) for i in range(ask.n)]
 
 
 def _request(model: ServedModel, ask: Ask, ids: Sequence[int], index: int) -> Request:
@@ -111,8 +128,8 @@ def _limit(model: ServedModel, ask: Ask) -> int:
     return loaded if ask.context_length is None else min(loaded, ask.context_length)
 
 
-def _too_long(found: int, limit: int) -> RequestError:
-    return RequestError(
+def _too_long(found: int, limit: int) -> ContextError:
+    return ContextError(
         f"the prompt has {found} tokens, but the context of {limit} must hold it and at least one token of answer; "
         "shorten it, ask for truncation, or serve the model with a larger context length"
     )

@@ -6,10 +6,29 @@ import math
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from puna.errors import AccessError, CapacityError, PunaError, RequestError, SourceError, StoreError, TemplateError
+from puna.errors import (
+    AccessError,
+    CapacityError,
+    ContextError,
+    PunaError,
+    RequestError,
+    SourceError,
+    StoreError,
+    TemplateError,
+)
+from puna.server.sending import json_response
+
+
+class FieldError(RequestError):
+    """A field of a request's body can't be honoured. ``param`` is its name."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
 
 STATUS: list[tuple[type[PunaError], int]] = [
     (CapacityError, 503),
@@ -21,6 +40,7 @@ STATUS: list[tuple[type[PunaError], int]] = [
     (PunaError, 500),
 ]
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_OPENAI_CODES = [(ContextError, "context_length_exceeded"), (StoreError, "model_not_found")]
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -37,53 +57,71 @@ def status_of(error: PunaError) -> int:
     return next(status for kind, status in STATUS if isinstance(error, kind))
 
 
-def error_body(path: str, status: int, message: str) -> dict[str, object]:
+def error_body(
+    path: str, status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, object]:
     """The JSON of an error as the API that owns ``path`` has it."""
     if path.startswith("/v1/messages"):
         kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": message}}
     if path.startswith("/v1/") or path in ("/tokenize", "/detokenize"):
         kind = _OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+        return {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return {"error": message}
 
 
-def error_response(path: str, error: PunaError) -> JSONResponse:
+def error_response(path: str, error: PunaError) -> Response:
     """The whole response to an error that a route raised."""
     retry = getattr(error, "retry_after", None)
     headers = {} if retry is None else {"Retry-After": str(max(1, math.ceil(retry)))}
-    status = status_of(error)
-    return JSONResponse(error_body(path, status, str(error)), status, headers)
+    return json_response(error_content(path, error), status_of(error), headers)
+
+
+def error_content(path: str, error: PunaError) -> dict[str, object]:
+    """The JSON of an error that a route raised."""
+    param = error.param if isinstance(error, FieldError) else None
+    code = next((code for kind, code in _OPENAI_CODES if isinstance(error, kind)), None)
+    return error_body(path, status_of(error), str(error), param, code)
 
 
 def install_error_handlers(app: FastAPI) -> None:
     """Errors of Puna, of validation and of routing, each in the shape of its API."""
 
     @app.exception_handler(PunaError)
-    async def puna_error(request: Request, error: PunaError) -> JSONResponse:
+    async def puna_error(request: Request, error: PunaError) -> Response:
         return error_response(request.url.path, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(error_body(request.url.path, 400, _first_problem(error)), 400)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        body = error_body(request.url.path, 400, _first_problem(error), ".".join(_place(error)) or None)
+        return json_response(body, 400)
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse(error_body(request.url.path, error.status_code, message), error.status_code, error.headers)
+        return json_response(error_body(request.url.path, error.status_code, message), error.status_code, error.headers)
 
     @app.exception_handler(MemoryError)
-    async def no_memory(request: Request, error: MemoryError) -> JSONResponse:
+    async def no_memory(request: Request, error: MemoryError) -> Response:
         return error_response(request.url.path, CapacityError("the machine is out of memory", 5.0))
+
+
+def _place(error: RequestValidationError) -> list[str]:
+    """Where in the body the first problem is; empty when it is no JSON."""
+    if error.errors()[0]["type"] == "json_invalid":
+        return []
+    return [str(part) for part in error.errors()[0]["loc"] if part != "body"]
 
 
 def _first_problem(error: RequestValidationError) -> str:
     """One sentence of pydantic's report: the field and what is wrong with it."""
     problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"] if part != "body"]
+    place = _place(error)
     more = f" (and {len(error.errors()) - 1} more problems)" if len(error.errors()) > 1 else ""
     if problem["type"] == "extra_forbidden":
         return f"the field {'.'.join(place)} is not known here; remove it{more}"
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']} at character {problem['loc'][-1]}"
     found = repr(problem.get("input"))
     found = found if len(found) <= 80 else found[:77] + "..."
     where = f"the field {'.'.join(place)}" if place else "the body"
