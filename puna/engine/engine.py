@@ -133,12 +133,14 @@ class Engine:
     def _run(
         self, works: SequenceOf[Work], rows: SequenceOf[SamplingRow]
     ) -> tuple[SequenceOf[Work], SequenceOf[Sampled]]:
-        if self._speculator is None:
-            return works, self._runner.run(works, rows)
-        works, rows = self._speculator.extend(works, rows)
+        if self._speculator is not None:
+            works, rows = self._speculator.extend(works, rows)
         started = time.perf_counter()
         sampled = self._runner.run(works, rows)
-        self._speculator.observe(works, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.scheduler.observe(works, seconds)
+        if self._speculator is not None:
+            self._speculator.observe(works, seconds)
         return works, sampled
 
     def _deliver(self, event: Event) -> None:

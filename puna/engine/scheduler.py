@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
+from array import array
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from puna.engine.block_pool import BlockPool
+from puna.engine.fair_queue import FairQueue
+from puna.engine.prefill_budget import PrefillBudget
 from puna.engine.prefix_store import PrefixStore
 from puna.engine.request import Event, FinishReason
 from puna.engine.sequence import Sequence
@@ -30,13 +32,14 @@ class Work(NamedTuple):
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, first come, first served.
+    """Continuous batching with chunked prefill, fair between tenants.
 
-    A step computes at most ``max_batch_tokens`` tokens of at most ``max_sequences`` sequences. Sequences that run come
-    first; what they leave of the budget admits new ones, when there are blocks for all of their tokens. A sequence that
-    gets less than it is behind has used up the budget, so it is the last one running and holds up none of the others.
-    When blocks run out, the sequence that arrived last goes back to waiting and is computed again later. Everyone
-    running arrived before everyone waiting.
+    A step computes at most ``max_batch_tokens`` tokens of at most ``max_sequences`` sequences. Those that are one token
+    behind come first. Prompts share what is left, or what PrefillBudget allows beside them: the next tokens are those
+    of the tenant that got least (FairQueue), first come, first served within a tenant. A sequence is admitted when
+    there are blocks for all of its tokens. When blocks run out, the sequence that was admitted last waits again and is
+    computed again later, before any new one is admitted. The one that was admitted first is never put back, so there
+    is always progress.
     """
 
     def __init__(
@@ -47,30 +50,27 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.prefixes = prefixes
-        self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.prefill_budget = PrefillBudget()
+        self.running: list[Sequence] = []  # in the order in which they were admitted
+        self.waiting = FairQueue()
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. All the tokens it may ever have must fit in the pool."""
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def schedule(self) -> list[Work]:
         """Choose the next step and reserve its blocks. Empty only when nothing runs or waits."""
-        works: list[Work] = []
-        budget = self.max_batch_tokens
         preemptions = self.num_preemptions
-        while len(works) < len(self.running):
-            sequence = self.running[len(works)]
-            count = min(sequence.behind, budget)
-            assert count > 0
-            if not self._reserve(sequence, count):
-                break
-            works.append(Work(sequence, count))
-            budget -= count
-        if self.num_preemptions == preemptions:  # otherwise whoever has just made room would take it back
-            self._admit(works, budget)
+        works = self._decoding()
+        # After a preemption none is admitted: whoever has just made room would take it back.
+        self._add_prefill(works, self.max_sequences if self.num_preemptions == preemptions else 0)
         return works
+
+    def observe(self, works: SequenceOf[Work], seconds: float) -> None:
+        """Learn from the time that a step took."""
+        prompts = [work.num_tokens for work in works if work.num_tokens > 1]
+        self.prefill_budget.observe(len(works) - len(prompts), sum(prompts), seconds)
 
     def update(self, works: SequenceOf[Work], sampled: SequenceOf[Sampled]) -> list[Event]:
         """Account for a computed step. ``sampled`` has the entries of each work that samples, in their order."""
@@ -123,30 +123,83 @@ class Scheduler:
         del sequence.blocks[kept:]
         return events
 
-    def _admit(self, works: list[Work], budget: int) -> None:
-        pool = self.pool
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
-            sequence = self.waiting[0]
-            # The last token is never taken from the cache: its logits are needed.
-            reusable, salt = sequence.tokens[:-1], sequence.request.cache_salt
-            cached = pool.match(reusable, salt)
-            missing = pool.blocks_for(len(sequence.tokens)) - len(cached)
-            if missing > pool.available:
-                pool.release(cached)
+    def _decoding(self) -> list[Work]:
+        """The works of those that are one token behind."""
+        works: list[Work] = []
+        i = 0
+        while i < len(self.running):
+            sequence = self.running[i]
+            if sequence.behind == 1:
+                if not self._reserve(sequence, 1):
+                    break
+                works.append(self._work(sequence, 1))
+            i += 1
+        return works
+
+    def _add_prefill(self, works: list[Work], max_sequences: int) -> None:
+        """Give what the step has left to those that are further behind, and to new ones while there are places."""
+        prompts = [sequence for sequence in self.running if sequence.behind > 1]
+        left = self.max_batch_tokens - len(works)
+        if works:
+            places = max(0, max_sequences - len(self.running))
+            left = min(left, self.prefill_budget.tokens(len(works), len(prompts) + min(len(self.waiting), places)))
+        held: set[int] = set()
+        while left > 0:
+            new = self.waiting.candidates() if len(self.running) < max_sequences else []
+            choices = [*prompts, *(sequence for sequence in new if sequence.id not in held)]
+            if not choices:
                 return
-            self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.blocks.extend(cached)
-            sequence.blocks.extend(pool.allocate(missing))
-            sequence.num_registered = found = len(cached)
-            if self.prefixes is not None:
-                found = self.prefixes.load(reusable, salt, sequence.blocks, found)
-            sequence.num_computed = found * pool.block_size
-            self._register(sequence)
-            sequence.mark_admitted(sequence.num_computed)
-            count = min(sequence.behind, budget)
-            works.append(Work(sequence, count))
-            budget -= count
+            sequence = min(choices, key=self.waiting.work)
+            if sequence in prompts:
+                prompts.remove(sequence)
+            else:
+                admitted = self._admit(sequence)
+                if admitted is None:  # its tenant's other sequences wait with it
+                    held.add(sequence.id)
+                    continue
+                if not admitted:
+                    max_sequences = 0
+                    continue
+            works.append(self._work(sequence, min(sequence.behind, left)))
+            left -= works[-1].num_tokens
+
+    def _work(self, sequence: Sequence, num_tokens: int) -> Work:
+        self.waiting.charge(sequence, num_tokens)
+        return Work(sequence, num_tokens)
+
+    def _admit(self, sequence: Sequence) -> bool | None:
+        """Move a sequence from those that wait to those that run. False when there are not blocks enough for it,
+        None when another one is about to compute what it can then take over.
+        """
+        pool = self.pool
+        # The last token is never taken from the cache: its logits are needed.
+        reusable, salt = sequence.tokens[:-1], sequence.request.cache_salt
+        cached = pool.match(reusable, salt)
+        missing = pool.blocks_for(len(sequence.tokens)) - len(cached)
+        end = (len(cached) + 1) * pool.block_size
+        soon = end <= len(reusable) and self._computed_soon(reusable[:end], salt)
+        if soon or missing > pool.available:
+            pool.release(cached)
+            return None if soon else False
+        self.waiting.take(sequence)
+        self.running.append(sequence)
+        sequence.blocks.extend(cached)
+        sequence.blocks.extend(pool.allocate(missing))
+        sequence.num_registered = found = len(cached)
+        if self.prefixes is not None:
+            found = self.prefixes.load(reusable, salt, sequence.blocks, found)
+        sequence.num_computed = found * pool.block_size
+        self._register(sequence)
+        sequence.mark_admitted(sequence.num_computed)
+        return True
+
+    def _computed_soon(self, prefix: array[int], salt: str) -> bool:
+        """Whether a sequence that runs begins with these full blocks and has not computed the last of them yet."""
+        end = len(prefix)
+        return any(
+            other.num_computed < end and other.request.cache_salt == salt and other.tokens[:end] == prefix
+            for other in self.running
+        )
 
     def _reserve(self, sequence: Sequence, count: int) -> bool:
         """Make sure of blocks for the next ``count`` tokens; False when the sequence itself had to give way."""
@@ -154,7 +207,7 @@ class Scheduler:
         while missing > self.pool.available:
             last = self.running.pop()
             self._free(last)
-            self.waiting.appendleft(last)
+            self.waiting.put_back(last)
             self.num_preemptions += 1
             if last is sequence:
                 return False
@@ -176,14 +229,15 @@ class Scheduler:
             sequence.num_registered += 1
 
     def _remove(self, sequence: Sequence) -> None:
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        else:
+        if sequence in self.running:
             self.running.remove(sequence)
             if self.prefixes is not None:
                 full = sequence.blocks[: sequence.num_registered]
                 self.prefixes.save(sequence.tokens, sequence.request.cache_salt, full)
             self._free(sequence)
+        else:
+            self.waiting.take(sequence)
+        self.waiting.forget(sequence)
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

@@ -41,6 +41,7 @@ def assert_all_free(engine: Engine) -> None:
     assert not scheduler.running
     assert not scheduler.waiting
     assert scheduler.pool.available == scheduler.pool.num_blocks
+    assert scheduler.waiting.num_tenants == 0
 
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5]
@@ -189,6 +190,26 @@ class TestPrefixReuse:
         for i, stream in enumerate(streams, 1):
             assert tokens_of(list(stream)) == expected_greedy([*prompt, i], 8)
         assert_all_free(engine)
+
+    @pytest.mark.parametrize("budget", [7, 64])
+    def test_copies_of_a_prompt_are_computed_once(self, budget: int) -> None:
+        model = FakeModel()
+        engine = make_engine(model, max_batch_tokens=budget, max_sequences=7)
+        params = [SamplingParams(seed=seed, temperature=1.5, max_tokens=5) for seed in range(5)]
+        streams = [engine.submit(Request(PROMPT, p)) for p in params]
+        answers = [tokens_of(list(stream)) for stream in streams]
+        assert answers == [tokens_of(list(make_engine().submit(Request(PROMPT, p)))) for p in params]
+        assert len({tuple(answer) for answer in answers}) > 1
+        assert [stream.timings.cached_tokens for stream in streams] == [0, 8, 8, 8, 8]
+        assert sum(map(sum, model.steps)) == 9 + 4 * 1 + 5 * 4  # the prompt, four last tokens, five answers
+        assert_all_free(engine)
+
+    def test_nobody_waits_for_a_prefix_that_a_cancelled_request_would_have_computed(self) -> None:
+        engine = make_engine(max_batch_tokens=2, max_sequences=2)
+        first, second = (engine.submit(Request(PROMPT, greedy(max_tokens=3))) for _ in range(2))
+        engine.step()
+        engine.cancel(first.id)
+        assert tokens_of(list(second)) == expected_greedy(PROMPT, 3)
 
     def test_salts_keep_requests_apart(self) -> None:
         engine = make_engine()

@@ -41,6 +41,7 @@ def jobs(draw: st.DrawFn) -> Job:
         params,
         eos_ids=draw(st.sampled_from([[], [7], [7, 11]])),
         cache_salt=draw(st.sampled_from(["", "", "x"])),
+        tenant=draw(st.sampled_from(["", "", "a", "b"])),
     )
     return Job(request, draw(st.integers(0, 8)), draw(st.sampled_from([None, None, None, 0, 1, 2, 5, 10])))
 
@@ -99,8 +100,10 @@ def test_every_answer_is_the_one_given_alone(
         if model.steps:
             assert sum(model.steps[-1]) <= budget
             assert len(model.steps[-1]) <= max_sequences
-        arrived = [s.id for s in (*engine.scheduler.running, *engine.scheduler.waiting)]
-        assert arrived == sorted(arrived), "first come, first served"
+        for tenant in ("", "a", "b"):
+            sequences = (*engine.scheduler.running, *engine.scheduler.waiting)
+            arrived = [s.id for s in sequences if s.request.tenant == tenant]
+            assert arrived == sorted(arrived), "first come, first served within a tenant"
         held = {b for s in engine.scheduler.running for b in s.blocks}
         assert pool.available == pool.num_blocks - len(held)
         for sequence in engine.scheduler.running:
