@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from puna.engine.gbnf import is_gbnf, lark_from_gbnf
 from puna.engine.json_schema import enforceable
 from puna.engine.request import Constraint, ConstraintState
+from puna.engine.spelling import spelling
 from puna.errors import RequestError
 
 # Between JSON's tokens. Without a bound, a small model may go on with blanks until the context is full.
@@ -147,20 +148,9 @@ class _TokenizerAdapter:
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        """Tokens of a text that the grammar forces: as the tokenizer writes it within a longer text, where it can.
-
-        SentencePiece may put a space before a text; after a line break it does not.
-        """
-        wanted = text.encode()
-        for prefix in ("", "\n"):
-            ids = self._encode(prefix + text)
-            start, length = len(ids), 0
-            while start and length < len(wanted):
-                start -= 1
-                length += len(self.tokens[ids[start]])
-            if b"".join(self.tokens[i] for i in ids[start:]) == wanted:
-                return ids[start:]
-        return self._longest_match(wanted)
+        """Tokens of a text that the grammar forces: as the tokenizer writes it within a longer text, where it can."""
+        found = spelling(self._encode, self.tokens.__getitem__, text)
+        return self._longest_match(text.encode()) if found is None else found
 
     def _longest_match(self, text: bytes) -> list[int]:
         ids, start = [], 0

@@ -6,6 +6,9 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from puna.engine.block_pool import BlockPool
 from puna.engine.fair_queue import FairQueue
 from puna.engine.prefill_budget import PrefillBudget
@@ -14,21 +17,25 @@ from puna.engine.request import Event, FinishReason
 from puna.engine.sequence import Sequence
 from puna.ops.protocol import Sampled
 
+SCORING_COST = 8  # tokens of the step for each prompt token that is scored
+
 
 class Work(NamedTuple):
     """One sequence's part of a step: its next ``num_tokens`` tokens, and after them a draft of what may follow.
 
-    Only a work that samples has a draft. It samples one token, and one more after each token of the draft.
+    Only a work that samples has a draft. It samples one token, and one more after each token of the draft. The tokens
+    after the first ``num_scored`` are of the prompt, and their log probabilities are wanted.
     """
 
     sequence: Sequence
     num_tokens: int
     draft: SequenceOf[int] = ()
+    num_scored: int = 0
 
     @property
     def samples(self) -> bool:
         """Whether the sequence has caught up after this step, so that its next token can be sampled."""
-        return self.num_tokens == self.sequence.behind
+        return self.num_tokens == self.sequence.behind and self.sequence.wants_token
 
 
 class Scheduler:
@@ -72,12 +79,27 @@ class Scheduler:
         prompts = [work.num_tokens for work in works if work.num_tokens > 1]
         self.prefill_budget.observe(len(works) - len(prompts), sum(prompts), seconds)
 
-    def update(self, works: SequenceOf[Work], sampled: SequenceOf[Sampled]) -> list[Event]:
-        """Account for a computed step. ``sampled`` has the entries of each work that samples, in their order."""
+    def update(
+        self, works: SequenceOf[Work], sampled: SequenceOf[Sampled], hidden: SequenceOf[NDArray[np.float32]] = ()
+    ) -> list[Event]:
+        """Account for a computed step.
+
+        ``sampled`` has the entries of each work that samples, in their order, then those of scored prompt tokens;
+        ``hidden`` those of each work of a sequence with ``pooling``.
+        """
         events: list[Event] = []
         first = 0
+        scored = len(sampled) - sum(work.num_scored for work in works)
+        states = iter(hidden)
         for work in works:
-            sequence, samples = work.sequence, work.samples
+            sequence = work.sequence
+            num_events = len(events)
+            if work.num_scored:
+                sequence.add_prompt_logprobs(sampled[scored : scored + work.num_scored])
+                scored += work.num_scored
+            if sequence.request.pooling is not None:
+                sequence.add_hidden(next(states))
+            samples = work.samples
             sequence.num_computed += work.num_tokens
             if work.draft:
                 end = first + 1 + len(work.draft)
@@ -86,9 +108,13 @@ class Scheduler:
             elif samples:
                 events.append(sequence.advance(sampled[first]))
                 first += 1
+            elif not sequence.behind:
+                events.append(sequence.complete())
             self._register(sequence)
-            if samples and events[-1].finish_reason is not None:
+            if len(events) > num_events and events[-1].finish_reason is not None:
                 self._remove(sequence)
+            elif sequence.must_shift:
+                self._shift(sequence)
         return events
 
     def reserve_draft(self, sequence: Sequence, wanted: int) -> int:
@@ -160,20 +186,24 @@ class Scheduler:
                 if not admitted:
                     max_sequences = 0
                     continue
-            works.append(self._work(sequence, min(sequence.behind, left)))
-            left -= works[-1].num_tokens
+            # A row of logits costs as much as several tokens, and much more memory.
+            cost = SCORING_COST if sequence.scores_prompt else 1
+            works.append(self._work(sequence, min(sequence.behind, max(1, left // cost))))
+            left -= works[-1].num_tokens * cost
 
     def _work(self, sequence: Sequence, num_tokens: int) -> Work:
         self.waiting.charge(sequence, num_tokens)
-        return Work(sequence, num_tokens)
+        num_scored = 0
+        if sequence.scores_prompt:
+            num_scored = min(num_tokens, sequence.num_prompt - 1 - sequence.num_computed)
+        return Work(sequence, num_tokens, num_scored=num_scored)
 
     def _admit(self, sequence: Sequence) -> bool | None:
         """Move a sequence from those that wait to those that run. False when there are not blocks enough for it,
         None when another one is about to compute what it can then take over.
         """
         pool = self.pool
-        # The last token is never taken from the cache: its logits are needed.
-        reusable, salt = sequence.tokens[:-1], sequence.request.cache_salt
+        reusable, salt = sequence.reusable, sequence.request.cache_salt
         cached = pool.match(reusable, salt)
         missing = pool.blocks_for(len(sequence.tokens)) - len(cached)
         end = (len(cached) + 1) * pool.block_size
@@ -228,6 +258,13 @@ class Scheduler:
             )
             sequence.num_registered += 1
 
+    def _shift(self, sequence: Sequence) -> None:
+        """Make room in a full context. What is left of the sequence is computed again, as after a preemption."""
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.shift()
+        self.waiting.put_back(sequence)
+
     def _remove(self, sequence: Sequence) -> None:
         if sequence in self.running:
             self.running.remove(sequence)
@@ -241,5 +278,4 @@ class Scheduler:
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
-        del sequence.blocks[:]
-        sequence.num_computed = sequence.num_registered = 0
+        sequence.restart()
