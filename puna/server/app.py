@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 import puna
 from puna.ops.protocol import Ops
-from puna.server import health, openai
+from puna.server import anthropic, health, openai
 from puna.server.engine_thread import EngineThread
 from puna.server.http_errors import install_error_handlers
 from puna.server.manager import Manager
@@ -17,7 +17,7 @@ from puna.server.service import Service
 from puna.server.settings import ServerSettings
 from puna.store import Store
 
-ROUTERS = [health.router, openai.router]
+ROUTERS = [health.router, openai.router, anthropic.router]
 
 
 def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | None = None) -> FastAPI:

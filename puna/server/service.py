@@ -32,5 +32,11 @@ def service_of(request: Request) -> Service:
     return service
 
 
+def tenant_of(request: Request) -> str:
+    """Whom a request is for; empty where there are no keys."""
+    tenant: str = getattr(request.state, "tenant", "")
+    return tenant
+
+
 # The type of a route's parameter that is filled with the service.
 TheService = Annotated[Service, Depends(service_of)]
