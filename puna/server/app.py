@@ -13,6 +13,7 @@ from puna.server import anthropic, health, openai
 from puna.server.engine_thread import EngineThread
 from puna.server.http_errors import install_error_handlers
 from puna.server.manager import Manager
+from puna.server.openai.batch_runner import BatchRunner
 from puna.server.service import Service
 from puna.server.settings import ServerSettings
 from puna.store import Store
@@ -28,9 +29,11 @@ def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | 
         thread = EngineThread()
         models = store or Store()
         app.state.service = Service(settings, models, thread, Manager(models, settings, thread, ops))
+        app.state.batches = BatchRunner(app.state.service)
         try:
             yield
         finally:
+            await app.state.batches.close()
             await app.state.service.close()
 
     app = FastAPI(title="Puna", version=puna.__version__, lifespan=lifespan)

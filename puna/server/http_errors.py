@@ -7,6 +7,7 @@ import math
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from puna.errors import (
@@ -95,7 +96,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        body = error_body(request.url.path, 400, _first_problem(error), ".".join(_place(error)) or None)
+        body = error_body(request.url.path, 400, first_problem(error), ".".join(_place(error)) or None)
         return json_response(body, 400)
 
     @app.exception_handler(HTTPException)
@@ -108,14 +109,14 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(request.url.path, CapacityError("the machine is out of memory", 5.0))
 
 
-def _place(error: RequestValidationError) -> list[str]:
+def _place(error: RequestValidationError | ValidationError) -> list[str]:
     """Where in the body the first problem is; empty when it is no JSON."""
     if error.errors()[0]["type"] == "json_invalid":
         return []
     return [str(part) for part in error.errors()[0]["loc"] if part != "body"]
 
 
-def _first_problem(error: RequestValidationError) -> str:
+def first_problem(error: RequestValidationError | ValidationError) -> str:
     """One sentence of pydantic's report: the field and what is wrong with it."""
     problem = error.errors()[0]
     place = _place(error)
