@@ -19,8 +19,9 @@ from puna.server.pieces import AnswerReader, Pieces, PlainReader
 class Ask:
     """What every kind of generation has. ``n`` answers are made of one prompt, with seeds that follow each other.
 
-    ``context_length`` is a bound below the loaded model's. A prompt that is too long is an error unless ``truncate``
-    says to drop its oldest part; before that, ``last_tokens`` keeps only that many of its end. ``tenant`` is whom the request is for: its cached prefixes are its own.
+    ``context_length`` is a bound below the loaded model's. Of a prompt, only the ``last_tokens`` count, if given. One
+    that is too long is an error unless ``truncate`` says to drop its oldest part. ``tenant`` is whom the request is
+    for: its cached prefixes are its own.
     """
 
     sampling: SamplingParams
@@ -120,7 +121,7 @@ def _request(model: ServedModel, ask: Ask, ids: Sequence[int], index: int) -> Re
     room = _limit(model, ask) - len(ids)
     if ask.context_length is not None and (params.max_tokens is None or params.max_tokens > room):
         params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
-    return Request(ids, params, model.llm.eos_ids, ask.constraint, cache_salt=ask.tenant)
+    return Request(ids, params, model.llm.eos_ids, ask.constraint, cache_salt=ask.tenant, tenant=ask.tenant)
 
 
 def _limit(model: ServedModel, ask: Ask) -> int:

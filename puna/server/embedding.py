@@ -23,9 +23,7 @@ async def embed(
     longest = max(map(len, prompts), default=0)
     if longest > limit:
         raise ContextError(f"a text has {longest} tokens, more than the context of {limit}; shorten it")
-    requests = [
-        Request(ids, SamplingParams(), cache_salt=tenant, tenant=tenant, pooling=pooling) for ids in prompts
-    ]
+    requests = [Request(ids, SamplingParams(), cache_salt=tenant, tenant=tenant, pooling=pooling) for ids in prompts]
     vectors = np.zeros((len(prompts), model.llm.config.hidden_size), np.float32)
     answers = await model.engine_thread.submit(model.llm.engine, requests)
     try:
@@ -39,4 +37,5 @@ async def embed(
     finally:
         answers.cancel()
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
+    scaled: NDArray[np.float32] = (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
+    return scaled

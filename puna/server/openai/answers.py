@@ -27,7 +27,7 @@ from puna.server.pieces import (
 from puna.server.sending import sse, to_json
 
 DONE = sse(b"[DONE]")
-STARTED = b": started\n\n"  # a comment, before the first answer: the request is known to be good
+STARTED = b""  # nothing to tell yet, but the request is known to be good
 
 
 @dataclass

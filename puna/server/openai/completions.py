@@ -82,8 +82,8 @@ def prompts_of(body: CompletionBody) -> Sequence[str | Sequence[int]]:
     """The prompts of a request, one or many."""
     given = body.prompt
     if isinstance(given, str) or isinstance(given[0], int):
-        return [given]  # type: ignore[list-item]
-    return given  # type: ignore[return-value]
+        return [given]
+    return given
 
 
 async def completion_ask(model: ServedModel, body: CompletionBody, tenant: str) -> Ask:

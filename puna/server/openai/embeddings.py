@@ -18,6 +18,7 @@ from puna.server.embedding import embed
 from puna.server.http_errors import FieldError
 from puna.server.openai.answers import tenant_of
 from puna.server.openai.fields import Body, KeptTokens, Text, TokenIds
+from puna.server.openai.sampling import check_ids
 from puna.server.sending import json_response, unless_disconnected
 from puna.server.service import Service, TheService
 
@@ -69,7 +70,11 @@ async def _embeddings(service: Service, body: EmbeddingBody, tenant: str) -> Res
 
 def _prompts(llm: LLM, body: EmbeddingBody) -> list[Sequence[int]]:
     given: Any = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
-    prompts = [llm.encode(text) if isinstance(text, str) else text for text in given]
+    prompts: list[Sequence[int]] = []
+    for text in given:
+        if not isinstance(text, str):
+            check_ids(llm, text, "input")
+        prompts.append(llm.encode(text) if isinstance(text, str) else text)
     if not all(prompts):
         raise FieldError("input has a text without tokens", "input")
     keep = llm.context_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens

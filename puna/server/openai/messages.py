@@ -115,14 +115,14 @@ def _plain_message(message: ChatMessage, where: str) -> dict[str, Any]:
         raise FieldError(f"{where}.audio can't be read: this model takes text only", f"{where}.audio")
     content: Any = message.content
     if isinstance(content, list):
-        content = [
-            {"type": "text", "text": _text_of(part, f"{where}.content.{i}")} for i, part in enumerate(content)
-        ]
+        content = [{"type": "text", "text": _text_of(part, f"{where}.content.{i}")} for i, part in enumerate(content)]
     if content is None and not message.tool_calls:
         content = message.refusal
     plain: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_calls:
-        plain["tool_calls"] = [_plain_call(call, f"{where}.tool_calls.{i}") for i, call in enumerate(message.tool_calls)]
+        plain["tool_calls"] = [
+            _plain_call(call, f"{where}.tool_calls.{i}") for i, call in enumerate(message.tool_calls)
+        ]
     for name in ("name", "tool_call_id", "reasoning_content"):
         if getattr(message, name) is not None:
             plain[name] = getattr(message, name)

@@ -31,7 +31,9 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
-    add_special_tokens: bool | None = Field(None, description="Of a text: whether BOS comes first, where the model wants it.")
+    add_special_tokens: bool | None = Field(
+        None, description="Of a text: whether BOS comes first, where the model wants it."
+    )
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
