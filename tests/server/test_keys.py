@@ -108,7 +108,7 @@ def test_names_that_are_none(key_file: KeyFile, name: str) -> None:
 
 
 def test_processes_that_add_at_once_lose_nothing(key_file: KeyFile) -> None:
-    code = "import sys; from puna.server.keys import KeyFile as F; from puna.store import Store; F(Store()).add(sys.argv[1])"
+    code = "import sys; from puna.server.keys import *; from puna.store import Store; KeyFile(Store()).add(sys.argv[1])"
     environment = {**os.environ, "PUNA_HOME": str(key_file.path.parent.parent)}
     processes = [subprocess.Popen([sys.executable, "-c", code, f"k{i}"], env=environment) for i in range(6)]
     assert [process.wait() for process in processes] == [0] * 6
