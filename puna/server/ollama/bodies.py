@@ -38,7 +38,7 @@ class ModelBody(Body):
     """``name`` is what older clients call the model."""
 
     model: str | None = Field(None, min_length=1, description="The model's name.")
-    name: str | None = Field(None, min_length=1, description="The older name of `model`.", deprecated=True)
+    name: str | None = Field(None, min_length=1, description="The older name of `model`.")
 
     @model_validator(mode="after")
     def _one_name(self) -> ModelBody:

@@ -103,9 +103,6 @@ async def copy(body: CopyBody, service: TheService) -> Response:
 @router.delete("/api/delete", summary="Remove a model")
 async def delete(body: DeleteBody, service: TheService) -> Response:
     """The model is unloaded as soon as nobody uses it; files that no other model has are deleted."""
-    name = str(service.store.locate(body.which))
-    await asyncio.to_thread(service.store.remove, name)
-    for model in service.manager.loaded():
-        if model.name == name:
-            model.stopping = True
+    await service.manager.stop(body.which)
+    await asyncio.to_thread(service.store.remove, body.which)
     return Response()
