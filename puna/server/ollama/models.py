@@ -28,13 +28,15 @@ async def root() -> PlainTextResponse:
     return PlainTextResponse("Ollama is running")
 
 
-@router.api_route("/api/version", methods=["GET", "HEAD"], summary="The version of the API")
+@router.head("/api/version", include_in_schema=False)
+@router.get("/api/version", summary="The version of the API")
 async def version() -> dict[str, str]:
     """`version` is the release of ollama whose API is served, `puna` is this program's."""
     return {"version": API_VERSION, "puna": puna.__version__}
 
 
-@router.api_route("/api/tags", methods=["GET", "HEAD"], summary="The stored models")
+@router.head("/api/tags", include_in_schema=False)
+@router.get("/api/tags", summary="The stored models")
 async def tags(service: TheService) -> dict[str, Any]:
     """Every stored model. One whose files cannot be read is listed without details."""
     return {"models": await asyncio.to_thread(_stored, service.store)}
