@@ -20,11 +20,12 @@ from puna.server.keys import KeyFile, Keys
 from puna.server.limits import LimitRequests, Limits
 from puna.server.logs import RequestLog, logger
 from puna.server.manager import Manager
+from puna.server.ollama import router as ollama_router
 from puna.server.service import Service
 from puna.server.settings import ServerSettings
 from puna.store import Store
 
-ROUTERS = [health.router]
+ROUTERS = [health.router, ollama_router]
 
 
 def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | None = None) -> FastAPI:

@@ -92,8 +92,12 @@ def _first_problem(error: RequestValidationError) -> str:
     problem = error.errors()[0]
     place = [str(part) for part in problem["loc"] if part != "body"]
     more = f" (and {len(error.errors()) - 1} more problems)" if len(error.errors()) > 1 else ""
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']} at character {place[-1]}"
     if problem["type"] == "extra_forbidden":
         return f"the field {'.'.join(place)} is not known here; remove it{more}"
+    if problem["type"] == "missing" and place:
+        return f"the field {'.'.join(place)} is missing{more}"
     found = repr(problem.get("input"))
     found = found if len(found) <= 80 else found[:77] + "..."
     where = f"the field {'.'.join(place)}" if place else "the body"
