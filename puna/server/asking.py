@@ -93,7 +93,7 @@ def text_pieces(model: ServedModel, ids: Sequence[int], ask: Ask) -> Pieces:
 
 
 def _pieces(model: ServedModel, ask: Ask, ids: Sequence[int], reader: Callable[[], AnswerReader]) -> Pieces:
-    return Pieces(model, [_request(model, ask, ids, i) for i in range(ask.n)], reader, tenant=ask.tenant)
+    return Pieces(model, [_request(model, ask, ids, i) for i in range(ask.n)], reader)
 
 
 def _request(model: ServedModel, ask: Ask, ids: Sequence[int], index: int) -> Request:
@@ -106,7 +106,7 @@ def _request(model: ServedModel, ask: Ask, ids: Sequence[int], index: int) -> Re
         most = room
     if most is not None and most != params.max_tokens:
         params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
-    return Request(ids, params, model.llm.eos_ids, ask.constraint, cache_salt=ask.tenant)
+    return Request(ids, params, model.llm.eos_ids, ask.constraint, cache_salt=ask.tenant, tenant=ask.tenant)
 
 
 def _limit(model: ServedModel, ask: Ask) -> int:

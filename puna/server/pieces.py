@@ -117,15 +117,10 @@ class Pieces:
         requests: Sequence[Request],
         reader: Callable[[], AnswerReader] = PlainReader,
         visible_ids: frozenset[int] = frozenset(),
-        tenant: str = "",
     ) -> None:
-        """``reader`` makes one for each answer; ``visible_ids`` are control tokens whose spelling it wants to see.
-
-        ``tenant`` is who pays for the tokens.
-        """
+        """``reader`` makes one for each answer; ``visible_ids`` are control tokens whose spelling it wants to see."""
         self.requests = requests
         self._model = model
-        self._tenant = tenant
         self._accounts: list[AnswerAccount] = []
         tokenizer = model.llm.tokenizer
         skip = tokenizer.special_ids - visible_ids
@@ -138,7 +133,7 @@ class Pieces:
     async def __aenter__(self) -> Pieces:
         """Submit the requests. Raises RequestError."""
         begin, name = self._model.accounting.begin, self._model.name
-        self._accounts = [begin(name, self._tenant, len(request.prompt_ids)) for request in self.requests]
+        self._accounts = [begin(name, request.tenant, len(request.prompt_ids)) for request in self.requests]
         self._answers = await self._model.engine_thread.submit(self._model.llm.engine, self.requests)
         return self
 
