@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from puna.errors import (
     AccessError,
@@ -87,6 +88,14 @@ def error_content(path: str, error: PunaError) -> dict[str, object]:
     return error_body(path, status_of(error), str(error), param, code)
 
 
+async def refuse(
+    scope: Scope, receive: Receive, send: Send, status: int, message: str, headers: Mapping[str, str] | None = None
+) -> None:
+    """Answer a request before any route sees it."""
+    response = json_response(error_body(scope["path"], status, message), status, headers)
+    await response(scope, receive, send)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Errors of Puna, of validation and of routing, each in the shape of its API."""
 
@@ -142,6 +151,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"the field {place} is not known here; remove it"
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem['ctx']['error']} at character {problem['loc'][-1]}"
+    if problem["type"] == "missing" and place:
+        return f"the field {place} is missing"
     found = repr(problem.get("input"))
     found = found if len(found) <= 80 else found[:77] + "..."
     where = f"the field {place}" if place else "the body"
