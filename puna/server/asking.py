@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from puna.chat.go_template import chat_template
+from puna.chat.go_template import GoTemplate, chat_template
 from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
+from puna.chat.template import Template
 from puna.engine import Constraint, Request, SamplingParams
 from puna.errors import ContextError
 from puna.server.manager import ServedModel
 from puna.server.pieces import AnswerReader, Pieces, PlainReader
+from puna.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,13 @@ def texts_pieces(model: ServedModel, prompts: Sequence[Sequence[int]], ask: Ask)
             ids = ids[len(ids) - limit + 1 :]
         requests += _requests(model, ask, ids)
     return Pieces(model, requests, PlainReader)
+
+
+def infill_prompt(template: Template, tokenizer: Tokenizer, prompt: str, suffix: str) -> list[int] | None:
+    """The tokens that ask for what stands between two texts; None where the template has no place for a suffix."""
+    if not (isinstance(template, GoTemplate) and template.takes_suffix):
+        return None
+    return render_prompt(template, tokenizer, [{"role": "user", "content": prompt}], suffix=suffix).ids
 
 
 def _pieces(model: ServedModel, ask: Ask, ids: Sequence[int], reader: Callable[[], AnswerReader]) -> Pieces:

@@ -322,7 +322,12 @@ def test_a_client_that_goes_away_cancels_also_during_prefill(
     engine = next(m for m in server.app.state.service.manager.loaded() if m.name.startswith("smollm2")).llm.engine
     ended: list[Any] = []
     cancel = engine.cancel
-    monkeypatch.setattr(engine, "cancel", lambda request_id: ended.append(cancel(request_id)) or ended[-1])
+
+    def recorded(request_id: int) -> Any:
+        ended.append(cancel(request_id))
+        return ended[-1]
+
+    monkeypatch.setattr(engine, "cancel", recorded)
     text = f"{stream} word " * 2000 if after_bytes == 0 else "Hello"  # of several steps, so the prefill still goes on
     body = {**COMMON, "messages": [{"role": "user", "content": text}], "stream": stream, "ignore_eos": True}
     asyncio.run(leave(server, body, after_bytes))

@@ -120,7 +120,7 @@ def test_prompt_logprobs_and_truncation(http: httpx.Client, library: LLM) -> Non
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"suffix": "the end"}, "suffix", "not supported"),
+        ({"suffix": "the end"}, "suffix", "no place for one"),
         ({"best_of": 1, "n": 2}, "best_of", "at least n"),
         ({"best_of": 3, "stream": True}, "best_of", "can't be streamed"),
         ({"prompt": [1, 512]}, "prompt", "outside the vocabulary of 512"),

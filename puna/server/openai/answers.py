@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import Request
-
 from puna.engine import PromptLogprob
 from puna.errors import CapacityError, PunaError
 from puna.llm import TokenLogprob
@@ -121,9 +119,3 @@ class Chunks:
 def error_event(error: PunaError) -> bytes:
     """The end of a stream that fails."""
     return sse(to_json(error_content("/v1/", error))) + DONE
-
-
-def tenant_of(request: Request) -> str:
-    """Whom a request is for; empty where there are no keys."""
-    tenant: str = getattr(request.state, "tenant", "")
-    return tenant

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from puna.llm import LLM
+from puna.server.auth import Tenant
 from puna.server.embedding import embed
 from puna.server.http_errors import FieldError
-from puna.server.openai.answers import tenant_of
 from puna.server.openai.fields import Body, KeptTokens, Text, TokenIds
 from puna.server.openai.sampling import check_ids
 from puna.server.sending import json_response, unless_disconnected
@@ -43,9 +43,9 @@ class EmbeddingBody(Body):
 
 
 @router.post("/v1/embeddings", response_model=None)
-async def create_embeddings(body: EmbeddingBody, request: Request, service: TheService) -> Response:
+async def create_embeddings(body: EmbeddingBody, request: Request, service: TheService, tenant: Tenant) -> Response:
     """The vectors of texts."""
-    return await unless_disconnected(request, _embeddings(service, body, tenant_of(request)))
+    return await unless_disconnected(request, _embeddings(service, body, tenant))
 
 
 async def _embeddings(service: Service, body: EmbeddingBody, tenant: str) -> Response:
