@@ -290,7 +290,9 @@ class LLM:
         return render_prompt(self.template, self.tokenizer, parsed, tools=tools)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """The ids of a raw prompt: after one BOS, if the model wants it. ``parse_special`` reads control tokens as such.
+        """The ids of a raw prompt: after one BOS, if the model wants it.
+
+        ``parse_special`` reads control tokens that the text spells as such.
 
         >>> llm.encode("Hello world")
         [19556, 905]

@@ -6,21 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from puna.chat.go_template import GoTemplate, chat_template
 from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
-from puna.chat.template import ChatTemplate
+from puna.chat.template import Template
 from puna.engine import Constraint, Request, SamplingParams
 from puna.errors import ContextError
 from puna.server.manager import ServedModel
 from puna.server.pieces import AnswerReader, Pieces, PlainReader
+from puna.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Ask:
     """What every kind of generation has. ``n`` answers are made of one prompt, with seeds that follow each other.
 
-    ``context_length`` is a bound below the loaded model's. A prompt that is too long is an error unless ``truncate``
-    says to drop its oldest part; before that, ``last_tokens`` keeps only that many of its end. ``tenant`` is whom the request is for: its cached prefixes are its own.
+    ``context_length`` is a bound below the loaded model's. Of a prompt, only the ``last_tokens`` count, if given. One
+    that is too long is an error unless ``truncate`` says to drop its oldest part. ``tenant`` is whom the request is
+    for: its cached prefixes are its own.
     """
 
     sampling: SamplingParams
@@ -36,7 +39,7 @@ class Ask:
 class ChatAsk(Ask):
     """A conversation to answer. ``tool_choice``: ``auto``, ``none``, ``required``, or the name of a tool.
 
-    ``template`` (Jinja) replaces the model's; ``template_variables`` are handed to it. With
+    ``template`` replaces the model's; ``template_variables`` are handed to it. With
     ``continue_final_message`` the model goes on with the last message instead of beginning one.
     """
 
@@ -57,7 +60,7 @@ def chat_prompt(model: ServedModel, ask: ChatAsk) -> Prompt:
     llm = model.llm
     if llm.system is not None and not any(message.role == "system" for message in messages):
         messages.insert(0, Message("system", llm.system))
-    template = llm.template if ask.template is None else ChatTemplate.for_tokenizer(ask.template, llm.tokenizer)
+    template = llm.template if ask.template is None else chat_template(ask.template, llm.tokenizer)
     limit = _limit(model, ask)
     while True:
         prompt = render_prompt(
@@ -105,6 +108,13 @@ def texts_pieces(model: ServedModel, prompts: Sequence[Sequence[int]], ask: Ask)
     return Pieces(model, requests, PlainReader)
 
 
+def infill_prompt(template: Template, tokenizer: Tokenizer, prompt: str, suffix: str) -> list[int] | None:
+    """The tokens that ask for what stands between two texts; None where the template has no place for a suffix."""
+    if not (isinstance(template, GoTemplate) and template.takes_suffix):
+        return None
+    return render_prompt(template, tokenizer, [{"role": "user", "content": prompt}], suffix=suffix).ids
+
+
 def _pieces(model: ServedModel, ask: Ask, ids: Sequence[int], reader: Callable[[], AnswerReader]) -> Pieces:
     return Pieces(model, _requests(model, ask, ids), reader)
 
@@ -118,9 +128,12 @@ def _request(model: ServedModel, ask: Ask, ids: Sequence[int], index: int) -> Re
     if params.seed is not None and index:
         params = replace(params, seed=params.seed + index)
     room = _limit(model, ask) - len(ids)
-    if ask.context_length is not None and (params.max_tokens is None or params.max_tokens > room):
-        params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
-    return Request(ids, params, model.llm.eos_ids, ask.constraint, cache_salt=ask.tenant)
+    most = model.accounting.limits.answer_tokens(ask.tenant, params.max_tokens)
+    if ask.context_length is not None and (most is None or most > room):
+        most = room
+    if most is not None and most != params.max_tokens:
+        params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
+    return Request(ids, params, model.llm.eos_ids, ask.constraint, cache_salt=ask.tenant, tenant=ask.tenant)
 
 
 def _limit(model: ServedModel, ask: Ask) -> int:

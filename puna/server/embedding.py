@@ -23,10 +23,9 @@ async def embed(
     longest = max(map(len, prompts), default=0)
     if longest > limit:
         raise ContextError(f"a text has {longest} tokens, more than the context of {limit}; shorten it")
-    requests = [
-        Request(ids, SamplingParams(), cache_salt=tenant, tenant=tenant, pooling=pooling) for ids in prompts
-    ]
+    requests = [Request(ids, SamplingParams(), cache_salt=tenant, tenant=tenant, pooling=pooling) for ids in prompts]
     vectors = np.zeros((len(prompts), model.llm.config.hidden_size), np.float32)
+    accounts = [model.accounting.begin(model.name, tenant, len(ids)) for ids in prompts]
     answers = await model.engine_thread.submit(model.llm.engine, requests)
     try:
         while not answers.ended:
@@ -36,7 +35,11 @@ async def embed(
                         raise CapacityError("the model was unloaded before the vectors were ready; ask again", 1.0)
                     raise RequestError(event.error or "the model gave no vector")
                 vectors[index] = event.embedding
+                accounts[index].end("stop", answers.timings(index))
     finally:
         answers.cancel()
+        for index, account in enumerate(accounts):
+            account.end("cancelled", answers.timings(index))
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
+    scaled: NDArray[np.float32] = (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
+    return scaled

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from puna.errors import (
     AccessError,
@@ -43,6 +46,7 @@ STATUS: list[tuple[type[PunaError], int]] = [
     (PunaError, 500),
 ]
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPE_NAMES = ("str", "int", "float", "bool")
 _OPENAI_CODES = [(ContextError, "context_length_exceeded"), (StoreError, "model_not_found")]
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
@@ -87,6 +91,14 @@ def error_content(path: str, error: PunaError) -> dict[str, object]:
     return error_body(path, status_of(error), str(error), param, code)
 
 
+async def refuse(
+    scope: Scope, receive: Receive, send: Send, status: int, message: str, headers: Mapping[str, str] | None = None
+) -> None:
+    """Answer a request before any route sees it."""
+    response = json_response(error_body(scope["path"], status, message), status, headers)
+    await response(scope, receive, send)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Errors of Puna, of validation and of routing, each in the shape of its API."""
 
@@ -96,8 +108,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        body = error_body(request.url.path, 400, first_problem(error), ".".join(_place(error)) or None)
-        return json_response(body, 400)
+        problem = _worst(error.errors())
+        return json_response(error_body(request.url.path, 400, _explain(problem), _place(problem) or None), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -109,23 +121,46 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(request.url.path, CapacityError("the machine is out of memory", 5.0))
 
 
-def _place(error: RequestValidationError | ValidationError) -> list[str]:
-    """Where in the body the first problem is; empty when it is no JSON."""
-    if error.errors()[0]["type"] == "json_invalid":
-        return []
-    return [str(part) for part in error.errors()[0]["loc"] if part != "body"]
+def problem_of(error: ValidationError) -> str:
+    """One sentence: what is wrong with a body that came another way than in a request of its own."""
+    return _explain(_worst([{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]))
 
 
-def first_problem(error: RequestValidationError | ValidationError) -> str:
-    """One sentence of pydantic's report: the field and what is wrong with it."""
-    problem = error.errors()[0]
-    place = _place(error)
-    more = f" (and {len(error.errors()) - 1} more problems)" if len(error.errors()) > 1 else ""
+def _worst(problems: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The problem to tell: of the first field that has one, the one that is no matter of types, as an alternative of a
+    union is that was not meant, and the deepest."""
+    first = problems[0]["loc"][:2]
+    return max(
+        (problem for problem in problems if problem["loc"][:2] == first),
+        key=lambda problem: (not problem["type"].endswith("_type"), len(problem["loc"])),
+    )
+
+
+def _place(problem: Mapping[str, Any]) -> str:
+    """Where in the body a problem is, without pydantic's names of alternatives; empty for the body itself."""
+    if problem["type"] == "json_invalid":
+        return ""
+    *path, last = problem["loc"][1:] or ("",)
+    parts = [part for part in path if _is_field(part)]
+    if problem["type"] == "extra_forbidden" or _is_field(last):
+        parts.append(last)
+    return ".".join(map(str, parts))
+
+
+def _is_field(part: str | int) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part.islower() and part not in _TYPE_NAMES)
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """One sentence: the field and what is wrong with it."""
+    place = _place(problem)
     if problem["type"] == "extra_forbidden":
-        return f"the field {'.'.join(place)} is not known here; remove it{more}"
+        return f"the field {place} is not known here; remove it"
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem['ctx']['error']} at character {problem['loc'][-1]}"
+    if problem["type"] == "missing" and place:
+        return f"the field {place} is missing"
     found = repr(problem.get("input"))
     found = found if len(found) <= 80 else found[:77] + "..."
-    where = f"the field {'.'.join(place)}" if place else "the body"
-    return f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, found {found}{more}"
+    where = f"the field {place}" if place else "the body"
+    return f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, found {found}"

@@ -43,7 +43,10 @@ class EventStream(StreamingResponse):
 
     @classmethod
     async def start(cls, events: AsyncGenerator[bytes, None], on_error: Callable[[PunaError], bytes]) -> EventStream:
-        """``on_error`` makes the last event of a stream that fails. Raises what ``events`` raises before its first."""
+        """``on_error`` makes the last event of a stream that fails. Raises what ``events`` raises before its first.
+
+        Once begun, ``events`` is always run to its end or closed, so what it holds is given back.
+        """
         return cls(await anext(events), events, on_error)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +56,8 @@ class EventStream(StreamingResponse):
             await self._events.aclose()
 
     async def _body(self) -> AsyncIterator[bytes]:
-        yield self._first
+        if self._first:
+            yield self._first
         try:
             async for event in self._events:
                 yield event

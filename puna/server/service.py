@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from puna.server.accounting import Accounting
 from puna.server.engine_thread import EngineThread
 from puna.server.manager import Manager
 from puna.server.settings import ServerSettings
@@ -19,6 +20,7 @@ class Service:
     store: Store
     engine_thread: EngineThread
     manager: Manager
+    accounting: Accounting = field(default_factory=Accounting)
 
     async def close(self) -> None:
         """Unload everything and end the engine's thread."""
@@ -30,12 +32,6 @@ def service_of(request: Request) -> Service:
     """The service that a request is for."""
     service: Service = request.app.state.service
     return service
-
-
-def tenant_of(request: Request) -> str:
-    """Whom a request is for; empty where there are no keys."""
-    tenant: str = getattr(request.state, "tenant", "")
-    return tenant
 
 
 # The type of a route's parameter that is filled with the service.

@@ -14,27 +14,28 @@ from puna.server.anthropic.fields import CountRequest, MessagesRequest
 from puna.server.anthropic.parsing import count_ask, messages_ask
 from puna.server.anthropic.replies import Event, MessageEvents, whole_message
 from puna.server.asking import chat_pieces, chat_prompt
+from puna.server.auth import Tenant
 from puna.server.http_errors import error_content
 from puna.server.sending import EventStream, json_response, sse, to_json, unless_disconnected
-from puna.server.service import Service, TheService, tenant_of
+from puna.server.service import Service, TheService
 
 router = APIRouter(tags=["Anthropic"])
 
 
 @router.post("/v1/messages", response_model=None)
-async def messages(body: MessagesRequest, request: Request, service: TheService) -> Response:
+async def messages(body: MessagesRequest, request: Request, service: TheService, tenant: Tenant) -> Response:
     """Answer a conversation, at once or as server-sent events."""
-    events = _events(body, service, tenant_of(request))
+    events = _events(body, service, tenant)
     if body.stream:
         return await unless_disconnected(request, EventStream.start(_lines(events), _error_event))
     return await unless_disconnected(request, _whole(events))
 
 
 @router.post("/v1/messages/count_tokens", response_model=None)
-async def count_tokens(body: CountRequest, request: Request, service: TheService) -> Response:
+async def count_tokens(body: CountRequest, service: TheService, tenant: Tenant) -> Response:
     """How many tokens the prompt of a conversation has, exactly."""
     async with service.manager.use(body.model) as model:
-        ask = await asyncio.to_thread(count_ask, body, model, tenant_of(request))
+        ask = await asyncio.to_thread(count_ask, body, model, tenant)
         prompt = await asyncio.to_thread(chat_prompt, model, ask)
     return json_response({"input_tokens": len(prompt.ids)})
 

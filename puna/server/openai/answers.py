@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import Request
-
 from puna.engine import PromptLogprob
-from puna.errors import CapacityError, PunaError
+from puna.errors import PunaError
 from puna.llm import TokenLogprob
 from puna.server.http_errors import error_content
 from puna.server.pieces import (
@@ -23,11 +21,12 @@ from puna.server.pieces import (
     ToolCallArguments,
     ToolCallStart,
     Usage,
+    check_finished,
 )
 from puna.server.sending import sse, to_json
 
 DONE = sse(b"[DONE]")
-STARTED = b": started\n\n"  # a comment, before the first answer: the request is known to be good
+STARTED = b""  # nothing to tell yet, but the request is known to be good
 
 
 @dataclass
@@ -79,12 +78,6 @@ async def collect(pieces: Pieces) -> list[Answer]:
     return answers
 
 
-def check_finished(piece: Piece) -> None:
-    """Raises CapacityError when the answer was cut off by the server itself."""
-    if piece.finish_reason == "cancelled":
-        raise CapacityError("the model was unloaded before the answer was complete; send the request again", 1.0)
-
-
 def usage_json(usages: Sequence[Usage | None], per_prompt: int = 1) -> dict[str, Any]:
     """Tokens of a whole response; the prompt of ``per_prompt`` answers that share one counts once."""
     known = [usage for usage in usages if usage is not None]
@@ -121,9 +114,3 @@ class Chunks:
 def error_event(error: PunaError) -> bytes:
     """The end of a stream that fails."""
     return sse(to_json(error_content("/v1/", error))) + DONE
-
-
-def tenant_of(request: Request) -> str:
-    """Whom a request is for; empty where there are no keys."""
-    tenant: str = getattr(request.state, "tenant", "")
-    return tenant

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 
 from puna.errors import RequestError
-from puna.server.http_errors import first_problem
+from puna.server.http_errors import problem_of
 from puna.server.openai import chat, completions, embeddings
 from puna.server.openai.fields import Body
 from puna.server.service import Service
@@ -78,7 +78,7 @@ def read_line(raw: bytes, endpoint: str) -> Line:
     try:
         body = ENDPOINTS[endpoint].body.model_validate(line.get("body"))
     except ValidationError as error:
-        raise RequestError(f"body: {first_problem(error)}") from None
+        raise RequestError(f"body: {problem_of(error)}") from None
     if getattr(body, "stream", None):
         raise RequestError("body: stream must be false; a batch has whole answers")
     return Line(custom_id, body)

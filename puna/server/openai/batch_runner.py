@@ -211,7 +211,7 @@ class _Run:
 
     async def _answer(self, line: Line) -> tuple[bytes, bool]:
         """The line of the output, and whether it goes to the errors."""
-        share = f"{self._tenant}/{SHARE}" if self._tenant else SHARE
+        share = f"{self._tenant}/{SHARE}"
         while True:
             try:
                 response = await self._endpoint.run(self._service, line.body, self._tenant, share)

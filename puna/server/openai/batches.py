@@ -10,13 +10,14 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from pydantic import Field
 
+from puna.server.auth import Tenant
 from puna.server.http_errors import FieldError
 from puna.server.openai.batch_lines import ENDPOINTS
 from puna.server.openai.batch_runner import BatchRunner, BatchStore
 from puna.server.openai.fields import Body
 from puna.server.records import new_id, page
 from puna.server.sending import json_response
-from puna.server.service import TheService, tenant_of
+from puna.server.service import TheService
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -49,7 +50,7 @@ class BatchBody(Body):
 
 
 @router.post("/v1/batches", response_model=None)
-async def create_batch(body: BatchBody, request: Request, service: TheService, runner: TheRunner) -> Response:
+async def create_batch(body: BatchBody, service: TheService, tenant: Tenant, runner: TheRunner) -> Response:
     """Begin to answer the requests of a file."""
     if body.endpoint not in ENDPOINTS:
         known = ", ".join(ENDPOINTS)
@@ -69,33 +70,33 @@ async def create_batch(body: BatchBody, request: Request, service: TheService, r
     }
     if body.output_expires_after is not None:
         record["_output_expires_after"] = body.output_expires_after.seconds
-    shown = await asyncio.to_thread(BatchStore(service.store.home).create, tenant_of(request), record)
+    shown = await asyncio.to_thread(BatchStore(service.store.home).create, tenant, record)
     runner.wake()
     return json_response(shown)
 
 
 @router.get("/v1/batches", response_model=None)
 async def list_batches(
-    request: Request,
     service: TheService,
+    tenant: Tenant,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: str | None = None,
 ) -> Response:
     """The batches of whoever asks, the newest first."""
-    found = await asyncio.to_thread(BatchStore(service.store.home).of, tenant_of(request))
+    found = await asyncio.to_thread(BatchStore(service.store.home).of, tenant)
     return json_response(page(found, limit, after, "batch"))
 
 
 @router.get("/v1/batches/{batch_id}", response_model=None)
-async def retrieve_batch(batch_id: str, request: Request, service: TheService) -> Response:
+async def retrieve_batch(batch_id: str, service: TheService, tenant: Tenant) -> Response:
     """How far a batch has come."""
-    return json_response(await asyncio.to_thread(BatchStore(service.store.home).read, tenant_of(request), batch_id))
+    return json_response(await asyncio.to_thread(BatchStore(service.store.home).read, tenant, batch_id))
 
 
 @router.post("/v1/batches/{batch_id}/cancel", response_model=None)
-async def cancel_batch(batch_id: str, request: Request, service: TheService, runner: TheRunner) -> Response:
+async def cancel_batch(batch_id: str, service: TheService, tenant: Tenant, runner: TheRunner) -> Response:
     """End a batch. What is being computed is finished, and what is done is kept."""
-    store, tenant = BatchStore(service.store.home), tenant_of(request)
+    store = BatchStore(service.store.home)
     record = await asyncio.to_thread(store.read, tenant, batch_id)
     if record["status"] not in ("validating", "in_progress", "cancelling"):
         raise FieldError(f"the batch {batch_id} is {record['status']} and can't be cancelled any more", "batch_id")

@@ -12,9 +12,10 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from puna.server.asking import ChatAsk, chat_pieces
+from puna.server.auth import Tenant
 from puna.server.http_errors import FieldError
 from puna.server.manager import ServedModel
-from puna.server.openai.answers import DONE, Chunks, collect, error_event, header, tenant_of, usage_json
+from puna.server.openai.answers import DONE, Chunks, collect, error_event, header, usage_json
 from puna.server.openai.chat_format import chat_choice, chat_deltas, opening_delta
 from puna.server.openai.fields import GenerationBody, Text
 from puna.server.openai.logprobs import prompt_logprobs
@@ -147,9 +148,8 @@ async def chat_answers(service: Service, body: ChatBody, tenant: str) -> AsyncIt
 
 
 @router.post("/v1/chat/completions", response_model=None)
-async def create_chat_completion(body: ChatBody, request: Request, service: TheService) -> Response:
+async def create_chat_completion(body: ChatBody, request: Request, service: TheService, tenant: Tenant) -> Response:
     """Answer a conversation."""
-    tenant = tenant_of(request)
     if body.stream:
         return await EventStream.start(_stream(service, body, tenant), error_event)
     return await unless_disconnected(request, complete_chat(service, body, tenant))

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from puna.engine import Request as EngineRequest
 from puna.llm import LLM
-from puna.server.asking import Ask, texts_pieces
+from puna.server.asking import Ask, infill_prompt, texts_pieces
+from puna.server.auth import Tenant
 from puna.server.http_errors import FieldError
 from puna.server.manager import ServedModel
 from puna.server.openai.answers import (
@@ -24,7 +25,6 @@ from puna.server.openai.answers import (
     collect,
     error_event,
     header,
-    tenant_of,
     usage_json,
 )
 from puna.server.openai.chat import last_tokens
@@ -49,7 +49,7 @@ class CompletionBody(GenerationBody):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=0, le=128)] | None = None
-    suffix: str | None = Field(None, description="Refused unless empty: no model here fills in the middle.")
+    suffix: str | None = Field(None, description="For models with a template that has a place for it.")
 
 
 def check_completion(body: CompletionBody) -> None:
@@ -57,8 +57,8 @@ def check_completion(body: CompletionBody) -> None:
     if body.stream and body.prompt_logprobs is not None:
         raise FieldError("prompt_logprobs can't be streamed", "prompt_logprobs")
     n = body.n or 1
-    if body.suffix:
-        raise FieldError("suffix is not supported; write the prompt so that it asks for what is missing", "suffix")
+    if body.suffix and not isinstance(body.prompt, str):
+        raise FieldError("suffix needs a prompt that is one text", "suffix")
     if body.best_of is not None and body.best_of < n:
         raise FieldError(f"best_of ({body.best_of}) must be at least n ({n})", "best_of")
     if body.stream and (body.best_of or n) > n:
@@ -78,12 +78,23 @@ def prompt_ids(llm: LLM, prompt: str | Sequence[int]) -> list[int]:
     return list(prompt)
 
 
+def prompts_as_ids(llm: LLM, body: CompletionBody) -> list[list[int]]:
+    """The tokens of every prompt, before any is cut. Raises FieldError."""
+    if not body.suffix:
+        return [prompt_ids(llm, prompt) for prompt in prompts_of(body)]
+    template = llm.template if llm.has_template else None
+    ids = None if template is None else infill_prompt(template, llm.tokenizer, str(body.prompt), body.suffix)
+    if ids is None:
+        raise FieldError(f"suffix: the template of {body.model} has no place for one; send the prompt alone", "suffix")
+    return [ids]
+
+
 def prompts_of(body: CompletionBody) -> Sequence[str | Sequence[int]]:
     """The prompts of a request, one or many."""
     given = body.prompt
     if isinstance(given, str) or isinstance(given[0], int):
-        return [given]  # type: ignore[list-item]
-    return given  # type: ignore[return-value]
+        return [given]
+    return given
 
 
 async def completion_ask(model: ServedModel, body: CompletionBody, tenant: str) -> Ask:
@@ -122,7 +133,7 @@ async def completion_answers(
         ask = await completion_ask(model, body, tenant)
 
         def prepare() -> Pieces:
-            prompts = [prompt_ids(model.llm, prompt) for prompt in prompts_of(body)]
+            prompts = prompts_as_ids(model.llm, body)
             if not all(prompts):
                 raise FieldError("prompt has no tokens; give it at least one character", "prompt")
             return texts_pieces(model, prompts, ask)
@@ -132,9 +143,8 @@ async def completion_answers(
 
 
 @router.post("/v1/completions", response_model=None)
-async def create_completion(body: CompletionBody, request: Request, service: TheService) -> Response:
+async def create_completion(body: CompletionBody, request: Request, service: TheService, tenant: Tenant) -> Response:
     """Continue a text."""
-    tenant = tenant_of(request)
     if body.stream:
         return await EventStream.start(_stream(service, body, tenant), error_event)
     return await unless_disconnected(request, complete_text(service, body, tenant))

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from puna.llm import LLM
+from puna.server.auth import Tenant
 from puna.server.embedding import embed
 from puna.server.http_errors import FieldError
-from puna.server.openai.answers import tenant_of
 from puna.server.openai.fields import Body, KeptTokens, Text, TokenIds
+from puna.server.openai.sampling import check_ids
 from puna.server.sending import json_response, unless_disconnected
 from puna.server.service import Service, TheService
 
@@ -42,9 +43,9 @@ class EmbeddingBody(Body):
 
 
 @router.post("/v1/embeddings", response_model=None)
-async def create_embeddings(body: EmbeddingBody, request: Request, service: TheService) -> Response:
+async def create_embeddings(body: EmbeddingBody, request: Request, service: TheService, tenant: Tenant) -> Response:
     """The vectors of texts."""
-    return await unless_disconnected(request, embed_texts(service, body, tenant_of(request)))
+    return await unless_disconnected(request, embed_texts(service, body, tenant))
 
 
 async def embed_texts(service: Service, body: EmbeddingBody, tenant: str) -> Response:
@@ -69,7 +70,11 @@ async def embed_texts(service: Service, body: EmbeddingBody, tenant: str) -> Res
 
 def _prompts(llm: LLM, body: EmbeddingBody) -> list[Sequence[int]]:
     given: Any = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
-    prompts = [llm.encode(text) if isinstance(text, str) else text for text in given]
+    prompts: list[Sequence[int]] = []
+    for text in given:
+        if not isinstance(text, str):
+            check_ids(llm, text, "input")
+        prompts.append(llm.encode(text) if isinstance(text, str) else text)
     if not all(prompts):
         raise FieldError("input has a text without tokens", "input")
     keep = llm.context_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
 
+from puna.server.auth import Tenant
 from puna.server.file_store import FileStore
 from puna.server.http_errors import FieldError
 from puna.server.records import page
 from puna.server.sending import json_response
-from puna.server.service import TheService, tenant_of
+from puna.server.service import TheService
 from puna.server.uploads import Upload, receive
 
 router = APIRouter(tags=["OpenAI"])
@@ -34,49 +35,49 @@ _BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"
 
 
 @router.post("/v1/files", response_model=None, openapi_extra=_BODY)
-async def upload_file(request: Request, service: TheService) -> Response:
+async def upload_file(request: Request, service: TheService, tenant: Tenant) -> Response:
     """Keep a file of requests, in JSON Lines, for a batch."""
     with FileStore(service.store.home).create() as new:
         upload = await receive(request.headers.get("content-type", ""), request.stream(), new.stream, MAX_FILE)
         expires_at = _expiry(upload)
         if upload.filename is None:
             raise FieldError("the form has no file; send one in the field file", "file")
-        record = await asyncio.to_thread(new.keep, tenant_of(request), upload.filename, "batch", expires_at)
+        record = await asyncio.to_thread(new.keep, tenant, upload.filename, "batch", expires_at)
     return json_response(record)
 
 
 @router.get("/v1/files", response_model=None)
 async def list_files(
-    request: Request,
     service: TheService,
+    tenant: Tenant,
     purpose: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10000)] = 10000,
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
 ) -> Response:
     """The files of whoever asks."""
-    found = await asyncio.to_thread(FileStore(service.store.home).of, tenant_of(request))
+    found = await asyncio.to_thread(FileStore(service.store.home).of, tenant)
     wanted = [record for record in found if purpose is None or record["purpose"] == purpose]
     return json_response(page(wanted if order == "desc" else wanted[::-1], limit, after, "file"))
 
 
 @router.get("/v1/files/{file_id}", response_model=None)
-async def retrieve_file(file_id: str, request: Request, service: TheService) -> Response:
+async def retrieve_file(file_id: str, service: TheService, tenant: Tenant) -> Response:
     """What is known of a file."""
-    return json_response(await asyncio.to_thread(FileStore(service.store.home).record, tenant_of(request), file_id))
+    return json_response(await asyncio.to_thread(FileStore(service.store.home).record, tenant, file_id))
 
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)
-async def file_content(file_id: str, request: Request, service: TheService) -> FileResponse:
+async def file_content(file_id: str, service: TheService, tenant: Tenant) -> FileResponse:
     """A file's bytes."""
-    path = await asyncio.to_thread(FileStore(service.store.home).content, tenant_of(request), file_id)
+    path = await asyncio.to_thread(FileStore(service.store.home).content, tenant, file_id)
     return FileResponse(path, media_type="application/octet-stream")
 
 
 @router.delete("/v1/files/{file_id}", response_model=None)
-async def delete_file(file_id: str, request: Request, service: TheService) -> Response:
+async def delete_file(file_id: str, service: TheService, tenant: Tenant) -> Response:
     """Forget a file. A batch that was made of it goes on: it has the content."""
-    await asyncio.to_thread(FileStore(service.store.home).delete, tenant_of(request), file_id)
+    await asyncio.to_thread(FileStore(service.store.home).delete, tenant, file_id)
     return json_response({"id": file_id, "object": "file", "deleted": True})
 
 

@@ -53,7 +53,9 @@ def prompt_logprobs(tokenizer: Tokenizer, tokens: Sequence[PromptLogprob]) -> li
         if logprob is None:
             shown.append(None)
             continue
-        places: dict[int, tuple[float, int | None]] = {i: (value, rank) for rank, (i, value) in enumerate(candidates, 1)}
+        places: dict[int, tuple[float, int | None]] = {
+            i: (value, rank) for rank, (i, value) in enumerate(candidates, 1)
+        }
         places.setdefault(token, (logprob, None))
         shown.append(
             {

@@ -13,6 +13,9 @@ ChoiceWord = Literal["none", "auto", "required"]
 FunctionName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
+_LEFT_OVER = "Accepted without effect: clients send answers back with it."
+
+
 class ContentPart(Body):
     """Text. Other kinds are known so that they can be refused by name: these models read text only."""
 
@@ -29,6 +32,7 @@ class ContentPart(Body):
 class FunctionCall(Body):
     name: str
     arguments: str | dict[str, Any]
+    parsed_arguments: Any = Field(None, description=_LEFT_OVER)
 
 
 class ToolCall(Body):
@@ -37,6 +41,7 @@ class ToolCall(Body):
     function: FunctionCall | None = None
     custom: Any = None
     index: int | None = Field(None, description="Accepted: the place in the list counts.")
+    provider_specific_fields: Any = Field(None, description=_LEFT_OVER)
 
 
 class ChatMessage(Body):
@@ -49,7 +54,11 @@ class ChatMessage(Body):
     refusal: str | None = Field(None, description="Stands in for the content where there is none.")
     audio: Any = Field(None, description="Refused unless null.")
     function_call: Any = Field(None, description="Refused unless null; use tool_calls.")
-    annotations: list[Any] | None = Field(None, description="Accepted without effect.")
+    reasoning: str | None = Field(None, description="Another name of reasoning_content.")
+    # What clients leave in an answer that they send back.
+    annotations: list[Any] | None = Field(None, description=_LEFT_OVER)
+    parsed: Any = Field(None, description=_LEFT_OVER)
+    provider_specific_fields: Any = Field(None, description=_LEFT_OVER)
 
 
 class Function(Body):
@@ -115,14 +124,16 @@ def _plain_message(message: ChatMessage, where: str) -> dict[str, Any]:
         raise FieldError(f"{where}.audio can't be read: this model takes text only", f"{where}.audio")
     content: Any = message.content
     if isinstance(content, list):
-        content = [
-            {"type": "text", "text": _text_of(part, f"{where}.content.{i}")} for i, part in enumerate(content)
-        ]
+        content = [{"type": "text", "text": _text_of(part, f"{where}.content.{i}")} for i, part in enumerate(content)]
     if content is None and not message.tool_calls:
         content = message.refusal
     plain: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_calls:
-        plain["tool_calls"] = [_plain_call(call, f"{where}.tool_calls.{i}") for i, call in enumerate(message.tool_calls)]
+        plain["tool_calls"] = [
+            _plain_call(call, f"{where}.tool_calls.{i}") for i, call in enumerate(message.tool_calls)
+        ]
+    if message.reasoning is not None:
+        plain["reasoning_content"] = message.reasoning
     for name in ("name", "tool_call_id", "reasoning_content"):
         if getattr(message, name) is not None:
             plain[name] = getattr(message, name)

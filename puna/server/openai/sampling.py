@@ -30,7 +30,13 @@ _SAME_NAME = (
 
 
 def sampling_params(
-    llm: LLM, body: GenerationBody, *, max_tokens: int | None, logprobs: bool, top_logprobs: int, prompt_logprobs: int | None
+    llm: LLM,
+    body: GenerationBody,
+    *,
+    max_tokens: int | None,
+    logprobs: bool,
+    top_logprobs: int,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
     """The parameters of one answer. Raises RequestError, FieldError."""
     given: dict[str, Any] = {name: getattr(body, name) for name in _SAME_NAME}
@@ -46,14 +52,16 @@ def sampling_params(
     for name in ("stop_token_ids", "allowed_token_ids"):
         check_ids(llm, getattr(body, name) or (), name)
     if body.min_tokens is not None and max_tokens is not None and body.min_tokens > max_tokens:
-        raise FieldError(f"min_tokens ({body.min_tokens}) must not exceed the {max_tokens} tokens allowed", "min_tokens")
+        raise FieldError(
+            f"min_tokens ({body.min_tokens}) must not exceed the {max_tokens} tokens allowed", "min_tokens"
+        )
     return sampling_of(llm, {**given, "logprobs": logprobs, "top_logprobs": top_logprobs})
 
 
 def sampling_of(llm: LLM, given: dict[str, Any]) -> SamplingParams:
     """Sampling parameters of which None was not given, with the model's own defaults, then the API's."""
-    defaults = {name: value for name, value in API_DEFAULTS.items() if name not in llm.defaults}
-    return llm.sampling(**defaults, **{name: value for name, value in given.items() if value is not None})
+    chosen: dict[str, Any] = {name: value for name, value in API_DEFAULTS.items() if name not in llm.defaults}
+    return llm.sampling(**chosen | {name: value for name, value in given.items() if value is not None})
 
 
 async def constraint_of(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic import Field
 
 from puna.server.asking import ChatAsk, chat_prompt
+from puna.server.auth import Tenant
 from puna.server.http_errors import FieldError
 from puna.server.manager import ServedModel
-from puna.server.openai.answers import tenant_of
 from puna.server.openai.chat import ChatBody, chat_ask, check_chat, last_tokens
-from puna.server.openai.completions import CompletionBody, check_completion, prompt_ids, prompts_of
+from puna.server.openai.completions import CompletionBody, check_completion, prompt_ids, prompts_as_ids
 from puna.server.openai.fields import Body, TokenId
 from puna.server.openai.messages import ChatMessage, Tool
 from puna.server.openai.sampling import check_ids
@@ -31,7 +31,9 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
-    add_special_tokens: bool | None = Field(None, description="Of a text: whether BOS comes first, where the model wants it.")
+    add_special_tokens: bool | None = Field(
+        None, description="Of a text: whether BOS comes first, where the model wants it."
+    )
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -95,11 +97,11 @@ async def detokenize(body: DetokenizeBody, service: TheService) -> Response:
 
 
 @router.post("/v1/chat/completions/render", response_model=None)
-async def render_chat_completion(body: ChatBody, request: Request, service: TheService) -> Response:
+async def render_chat_completion(body: ChatBody, service: TheService, tenant: Tenant) -> Response:
     """The exact prompt of a chat completion: its text and its ids. Nothing is generated."""
     check_chat(body)
     async with service.manager.use(body.model) as model:
-        ask: ChatAsk = await chat_ask(model, body, tenant_of(request))
+        ask: ChatAsk = await chat_ask(model, body, tenant)
         prompt = await asyncio.to_thread(chat_prompt, model, ask)
     return json_response({"model": body.model, "prompt": prompt.text, "token_ids": prompt.ids})
 
@@ -111,8 +113,7 @@ async def render_completion(body: CompletionBody, service: TheService) -> Respon
     async with service.manager.use(body.model) as model:
         keep = last_tokens(model, body)
         rendered = []
-        for prompt in prompts_of(body):
-            ids = await asyncio.to_thread(prompt_ids, model.llm, prompt)
+        for ids in await asyncio.to_thread(prompts_as_ids, model.llm, body):
             ids = ids if keep is None else ids[-keep:]
             text = model.llm.tokenizer.decode(ids).decode("utf-8", "replace")
             rendered.append({"model": body.model, "prompt": text, "token_ids": ids})
