@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,6 +16,7 @@ from puna.server.auth import Auth
 from puna.server.cors import Origins, is_loopback
 from puna.server.engine_thread import EngineThread
 from puna.server.gauges import ModelGauges
+from puna.server.housekeeping import keep_clean
 from puna.server.http_errors import install_error_handlers
 from puna.server.keys import KeyFile, Keys
 from puna.server.limits import LimitRequests, Limits
@@ -43,10 +45,12 @@ def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | 
         gauges = ModelGauges(manager.loaded)
         accounting.metrics.registry.register(gauges)
         batches = app.state.batches = BatchRunner(service)
+        cleaning = asyncio.create_task(keep_clean(models.home))
         try:
             yield
         finally:
             accounting.metrics.registry.unregister(gauges)
+            cleaning.cancel()
             await batches.close()
             await service.close()
 

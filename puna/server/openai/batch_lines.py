@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from puna.errors import RequestError
 from puna.server.http_errors import problem_of
-from puna.server.openai import chat, completions, embeddings
+from puna.server.openai import chat, completions, embeddings, responses
 from puna.server.openai.fields import Body
+from puna.server.openai.response_fields import ResponseBody
 from puna.server.service import Service
 
 MAX_LINES = 50_000  # as OpenAI bounds them
@@ -38,6 +39,7 @@ ENDPOINTS = {
     "/v1/embeddings": Endpoint(
         embeddings.EmbeddingBody, lambda s, body, _tenant, share: embeddings.embed_texts(s, body, share)
     ),
+    "/v1/responses": Endpoint(ResponseBody, responses.respond),
 }
 
 

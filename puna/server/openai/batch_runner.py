@@ -116,8 +116,6 @@ class BatchRunner:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self) -> None:
-        with suppress(PunaError):
-            await asyncio.to_thread(self._store.files.clean)
         while True:
             self._wake.clear()
             try:
