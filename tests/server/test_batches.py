@@ -85,10 +85,16 @@ def test_a_batch_from_validating_to_completed(client: openai.OpenAI, shared_data
 def test_other_endpoints(client: openai.OpenAI) -> None:
     chat = {"model": "smollm2", "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]}
     embedding = {"model": "smollm2", "input": "a cat"}
-    for endpoint, body in (("/v1/chat/completions", chat), ("/v1/embeddings", embedding)):
+    response = {"model": "smollm2", "input": "Hi", "max_output_tokens": 4}
+    for endpoint, body in (
+        ("/v1/chat/completions", chat),
+        ("/v1/embeddings", embedding),
+        ("/v1/responses", response),
+    ):
         batch = wait(client, start(client, [{"custom_id": "a", "url": endpoint, "body": body}], endpoint).id)
         (line,) = results(client, batch.output_file_id)
         assert line["response"]["body"]["model"] == "smollm2"
+    assert client.responses.retrieve(line["response"]["body"]["id"]).model == "smollm2"
 
 
 def test_lines_that_fail_have_a_file_of_their_own(client: openai.OpenAI) -> None:

@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter
 
-from puna.server.openai import batches, chat, completions, embeddings, files, models, responses, tokens
+from puna.server.openai import batches, chat, completions, embeddings, files, models, moderations, responses, tokens
 
 router = APIRouter()
-for part in (models, chat, completions, embeddings, tokens, responses, files, batches):
+for part in (models, chat, completions, embeddings, tokens, responses, moderations, files, batches):
     router.include_router(part.router)

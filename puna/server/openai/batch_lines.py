@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from puna.errors import RequestError
 from puna.server.http_errors import problem_of
-from puna.server.openai import chat, completions, embeddings, responses
+from puna.server.openai import chat, completions, embeddings, moderations, responses
 from puna.server.openai.fields import Body
 from puna.server.openai.response_fields import ResponseBody
 from puna.server.service import Service
@@ -40,6 +40,9 @@ ENDPOINTS = {
         embeddings.EmbeddingBody, lambda s, body, _tenant, share: embeddings.embed_texts(s, body, share)
     ),
     "/v1/responses": Endpoint(ResponseBody, responses.respond),
+    "/v1/moderations": Endpoint(
+        moderations.ModerationBody, lambda s, body, _tenant, share: moderations.moderate(s, body, share)
+    ),
 }
 
 
