@@ -36,15 +36,15 @@ def affine_fit(x: Numbers, weight: Numbers, steps: int) -> tuple[Numbers, Number
     best_scale, best_low = np.zeros_like(low), low.copy()
     best_error = _affine_error(total, first, second, zero, zero, zero, best_scale, best_low)
     for trial in AFFINE_TRIALS:
-        inverse = _divide(np.float32(steps) + trial, span)
+        inverse = divide(np.float32(steps) + trial, span)
         codes = np.clip(np.rint((x - low[:, None]) * inverse[:, None]), zero, np.float32(steps))
         weighted = weight * codes
         q, qq, qx = sum_in_order(weighted), sum_in_order(weighted * codes), sum_in_order(weighted * x)
         determinant = total * qq - q * q
-        scale = _divide(total * qx - first * q, determinant)
-        new_low = _divide(qq * first - q * qx, determinant)
+        scale = divide(total * qx - first * q, determinant)
+        new_low = divide(qq * first - q * qx, determinant)
         above = new_low > zero
-        scale = np.where(above, _divide(qx, qq), scale)
+        scale = np.where(above, divide(qx, qq), scale)
         new_low = np.where(above, zero, new_low)
         error = _affine_error(total, first, second, q, qq, qx, scale, new_low)
         better = (determinant > _TINY) & (scale > zero) & (error < best_error)
@@ -90,11 +90,11 @@ def _signed_fit(
     largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)[:, 0]
     best_scale, best_gain = np.zeros_like(largest), np.zeros_like(largest)
     for trial in trials:
-        inverse = _divide(np.float32(end - trial), largest)
+        inverse = divide(np.float32(end - trial), largest)
         codes = codes_of(x * inverse[:, None])
         weighted = weight * codes
         qx, qq = sum_in_order(weighted * x), sum_in_order(weighted * codes)
-        scale = _divide(qx, qq)
+        scale = divide(qx, qq)
         gain = scale * qx
         better = gain > best_gain
         best_scale, best_gain = np.where(better, scale, best_scale), np.where(better, gain, best_gain)
@@ -119,7 +119,7 @@ def sum_in_order(values: Numbers) -> Numbers:
     return result
 
 
-def _divide(numerator: Numbers | np.float32, denominator: Numbers) -> Numbers:
+def divide(numerator: Numbers | np.float32, denominator: Numbers) -> Numbers:
     """0 where the denominator is too small to divide by."""
     result = np.zeros_like(denominator)
     np.divide(numerator, denominator, out=result, where=np.abs(denominator) > _TINY)

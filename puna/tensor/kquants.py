@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puna.tensor.bits import as_half, halves, pack, reciprocals, to_halves, unpack
-from puna.tensor.fit import affine_fit, sum_in_order, symmetric_fit, whole_fit
+from puna.tensor.fit import affine_fit, divide, sum_in_order, symmetric_fit, whole_fit
 
 Blocks = NDArray[np.uint8]
 Numbers = NDArray[np.float32]
@@ -119,7 +119,7 @@ def _affine_blocks(
     x, weight = _groups(values, group), _groups(np.ones_like(values) if importance is None else importance, group)
     scales, minima = (fitted.reshape(len(values), -1) for fitted in affine_fit(x, weight, steps))
     # An error of a scale counts by the squared numbers that it multiplies, one of a minimum by how many there are.
-    spread = sum_in_order(weight * x * x).reshape(scales.shape) / np.maximum(scales * scales, np.float32(1e-30))
+    spread = divide(sum_in_order(weight * x * x).reshape(scales.shape), scales * scales)
     scale, whole_scales = _whole(scales, spread, most)
     low, whole_minima = _whole(minima, sum_in_order(weight).reshape(minima.shape), most)
     factors, offsets = scale * whole_scales, low * whole_minima
