@@ -40,7 +40,7 @@ def test_content_digest_depends_on_files_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "newer version of Puna"),
+        ({"schema": 3}, "newer version of Puna"),
         ({"schema": None}, "schema"),
         ({"files": []}, "files"),
         ({"files": [{"file": "../x", "sha256": DIGEST, "size": 1}]}, "file name '../x'"),
