@@ -39,9 +39,9 @@ def parse_modelfile(text: str, where: str = "Modelfile") -> Modelfile:
     parameters, adapters, licences, messages = [], [], [], []
     at = 0
     while at < len(lines):
-        start, line = at + 1, lines[at].strip(" \t")
+        start, line = at + 1, lines[at].lstrip(" \t")
         at += 1
-        if not line or line.startswith("#"):
+        if not line.strip(" \t") or line.startswith("#"):
             continue
         word, rest = _split(line)
         instruction = word.upper()
