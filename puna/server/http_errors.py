@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 
 from fastapi import FastAPI, Request
@@ -34,6 +35,8 @@ _ANTHROPIC_TYPES = {
 
 
 def status_of(error: PunaError) -> int:
+    if isinstance(error, StoreError) and isinstance(error.__cause__, OSError):
+        return 507 if error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT) else 500  # the disk, not the request
     return next(status for kind, status in STATUS if isinstance(error, kind))
 
 
