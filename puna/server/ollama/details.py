@@ -10,7 +10,7 @@ from typing import Any
 
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.config import ModelConfig
-from puna.errors import TemplateError
+from puna.errors import StoreError, TemplateError
 from puna.gguf_file import read_gguf
 from puna.llm import LLM
 from puna.llm.create import modelfile_of
@@ -43,9 +43,8 @@ def show_model(manifest: Manifest, store: Store, *, verbose: bool) -> dict[str, 
     path = resolve_stored(manifest, store).path
     checkpoint = open_checkpoint(path)
     template = manifest.template or checkpoint.chat_template or ""
-    name = str(manifest.model_name)
     shown: dict[str, Any] = {
-        "modelfile": write_modelfile(replace(modelfile_of(manifest, store, template), from_=name, adapters=())),
+        "modelfile": _modelfile(manifest, store, template),
         "parameters": "\n".join(f"{name:<30} {_quoted(value)}" for name, value in _parameters(manifest)),
         "template": template,
         "details": details_of(manifest, store),
@@ -116,6 +115,15 @@ def _parameters(manifest: Manifest) -> list[tuple[str, Any]]:
         for name, given in manifest.parameters.items()
         for value in (given if isinstance(given, (list, tuple)) else [given])
     ]
+
+
+def _modelfile(manifest: Manifest, store: Store, template: str) -> str:
+    """One that begins from the model itself: paths of this machine are nothing to a client."""
+    name = str(manifest.model_name)
+    try:
+        return write_modelfile(replace(modelfile_of(manifest, store, template or None), from_=name, adapters=()))
+    except StoreError as error:  # some texts cannot be quoted there
+        return f"# {error}\nFROM {name}\n"
 
 
 def _quoted(value: Any) -> str:
