@@ -2,7 +2,17 @@
 
 from puna.engine.engine import Engine, Stream
 from puna.engine.prefix_store import PrefixCache
-from puna.engine.request import Constraint, ConstraintState, Event, FinishReason, Request, SamplingParams, Timings
+from puna.engine.request import (
+    Constraint,
+    ConstraintState,
+    Event,
+    FinishReason,
+    Pooling,
+    PromptLogprob,
+    Request,
+    SamplingParams,
+    Timings,
+)
 from puna.engine.speculation import Speculation
 
 __all__ = [
@@ -11,7 +21,9 @@ __all__ = [
     "Engine",
     "Event",
     "FinishReason",
+    "Pooling",
     "PrefixCache",
+    "PromptLogprob",
     "Request",
     "SamplingParams",
     "Speculation",

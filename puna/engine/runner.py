@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from puna.config import ModelConfig
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
@@ -22,6 +23,8 @@ class RunnableModel(Protocol):
     def config(self) -> ModelConfig: ...
 
     def forward(self, batch: Batch, kv: KVCache) -> Array: ...
+
+    def hidden(self, batch: Batch, kv: KVCache) -> Array: ...
 
 
 class Cached(Protocol):
@@ -47,6 +50,9 @@ class Part(Protocol):
     @property
     def samples(self) -> bool: ...
 
+    @property
+    def num_scored(self) -> int: ...
+
 
 class Runner:
     """Runs steps. The arrays of its batches are made once and overwritten by the next step."""
@@ -65,9 +71,17 @@ class Runner:
         self._block_tables = np.zeros((max_sequences, max_blocks), np.int32)
 
     def run(self, works: Sequence[Part], rows: Sequence[SamplingRow]) -> list[Sampled]:
-        """Compute a step; ``rows`` are those of the works that sample, one and one for each drafted token, in order."""
+        """Compute a step. ``rows`` are those of the works that sample, one and one for each drafted token, in order;
+        then those of the prompt tokens that are scored.
+        """
         logits = self._model.forward(self.batch(works), self._kv)
         return self._model.ops.sample(logits, rows) if rows else []
+
+    def hidden(self, works: Sequence[Part]) -> list[NDArray[np.float32]]:
+        """Compute a step; the final hidden states [T, D] of each work's tokens."""
+        batch = self.batch(works)
+        states = self._model.ops.to_host(self._model.hidden(batch, self._kv))
+        return np.split(states, batch.seq_starts[1:-1])
 
     def batch(self, works: Sequence[Part]) -> Batch:
         """The step as arrays, valid until the next call."""
@@ -99,6 +113,11 @@ class Runner:
                 self._logit_rows[num_rows] = end - 1
                 num_rows += 1
         n = len(works)
+        for s, work in enumerate(works):
+            if work.num_scored:
+                start = self._seq_starts[s]
+                self._logit_rows[num_rows : num_rows + work.num_scored] = range(start, start + work.num_scored)
+                num_rows += work.num_scored
         return Batch(
             tokens=self._tokens[:end],
             positions=self._positions[:end],
