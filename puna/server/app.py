@@ -13,11 +13,12 @@ from puna.server import health
 from puna.server.engine_thread import EngineThread
 from puna.server.http_errors import install_error_handlers
 from puna.server.manager import Manager
+from puna.server.ollama import router as ollama_router
 from puna.server.service import Service
 from puna.server.settings import ServerSettings
 from puna.store import Store
 
-ROUTERS = [health.router]
+ROUTERS = [health.router, ollama_router]
 
 
 def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | None = None) -> FastAPI:

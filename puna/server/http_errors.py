@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 
 from fastapi import FastAPI, Request
@@ -34,6 +35,8 @@ _ANTHROPIC_TYPES = {
 
 
 def status_of(error: PunaError) -> int:
+    if isinstance(error, StoreError) and isinstance(error.__cause__, OSError):
+        return 507 if error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT) else 500  # the disk, not the request
     return next(status for kind, status in STATUS if isinstance(error, kind))
 
 
@@ -76,14 +79,22 @@ def install_error_handlers(app: FastAPI) -> None:
     async def no_memory(request: Request, error: MemoryError) -> JSONResponse:
         return error_response(request.url.path, CapacityError("the machine is out of memory", 5.0))
 
+    @app.exception_handler(RecursionError)
+    async def too_deep(request: Request, error: RecursionError) -> JSONResponse:
+        return error_response(request.url.path, RequestError("the body is nested too deeply"))
+
 
 def _first_problem(error: RequestValidationError) -> str:
     """One sentence of pydantic's report: the field and what is wrong with it."""
     problem = error.errors()[0]
     place = [str(part) for part in problem["loc"] if part != "body"]
     more = f" (and {len(error.errors()) - 1} more problems)" if len(error.errors()) > 1 else ""
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']} at character {place[-1]}"
     if problem["type"] == "extra_forbidden":
         return f"the field {'.'.join(place)} is not known here; remove it{more}"
+    if problem["type"] == "missing" and place:
+        return f"the field {'.'.join(place)} is missing{more}"
     found = repr(problem.get("input"))
     found = found if len(found) <= 80 else found[:77] + "..."
     where = f"the field {'.'.join(place)}" if place else "the body"

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 
 import psutil
 
+from puna.checkpoint import open_checkpoint
 from puna.errors import CapacityError
 from puna.llm import LLM
 from puna.llm.llm import CACHED_CONTEXTS, DEFAULT_CONTEXT
@@ -126,8 +127,9 @@ class Manager:
                 if loaded.leases:
                     return False
                 await self._unload(loaded)
-            context = context_length or self.settings.context_length
             found = await asyncio.to_thread(resolve_stored, manifest, self.store)
+            wanted = context_length or self.settings.context_length
+            context = await asyncio.to_thread(_bounded, wanted, found)
             memory = await asyncio.to_thread(self._estimate, found, context)
             if not await self._make_room(_key(manifest), memory):
                 return False
@@ -219,6 +221,13 @@ def _serves(model: ServedModel, manifest: Manifest, context_length: int | None) 
     longest = model.llm.config.max_position_embeddings
     long_enough = context_length is None or model.llm.context_length >= min(context_length, longest)
     return model.manifest == manifest and not model.stopping and long_enough
+
+
+def _bounded(context_length: int | None, found: ResolvedModel) -> int | None:
+    """No more than the model was made for."""
+    if context_length is None:
+        return None
+    return min(context_length, open_checkpoint(found.path).config.max_position_embeddings)
 
 
 def _gigabytes(size: int) -> str:
