@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from puna.chat.go_template import chat_template
+<<<<<<< HEAD
 from puna.chat.messages import Message, parse_messages
+=======
+from puna.chat.messages import Message
+>>>>>>> modelfile
 from puna.chat.prompt import Prompt, render_prompt
-from puna.chat.template import ChatTemplate
 from puna.engine import Constraint, Request, SamplingParams
 from puna.errors import RequestError
 from puna.server.manager import ServedModel
@@ -35,7 +39,11 @@ class Ask:
 class ChatAsk(Ask):
     """A conversation to answer. ``tool_choice``: ``auto``, ``none``, ``required``, or the name of a tool.
 
-    ``template`` (Jinja) replaces the model's; ``template_variables`` are handed to it. With
+<<<<<<< HEAD
+    ``template`` replaces the model's; ``template_variables`` are handed to it. With
+=======
+    ``template`` (Jinja, or Go's language) replaces the model's; ``template_variables`` are handed to it. With
+>>>>>>> modelfile
     ``continue_final_message`` the model goes on with the last message instead of beginning one.
     """
 
@@ -52,11 +60,14 @@ class ChatAsk(Ask):
 
 def chat_prompt(model: ServedModel, ask: ChatAsk) -> Prompt:
     """The exact prompt of a conversation. Raises RequestError, TemplateError; an overlong one is cut or refused."""
-    messages = parse_messages(ask.messages)
     llm = model.llm
+<<<<<<< HEAD
     if llm.system is not None and not any(message.role == "system" for message in messages):
         messages.insert(0, Message("system", llm.system))
-    template = llm.template if ask.template is None else ChatTemplate.for_tokenizer(ask.template, llm.tokenizer)
+=======
+    messages = llm.conversation(ask.messages)
+>>>>>>> modelfile
+    template = llm.template if ask.template is None else chat_template(ask.template, llm.tokenizer)
     limit = _limit(model, ask)
     while True:
         prompt = render_prompt(

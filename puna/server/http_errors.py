@@ -86,6 +86,10 @@ def install_error_handlers(app: FastAPI) -> None:
     async def no_memory(request: Request, error: MemoryError) -> JSONResponse:
         return error_response(request.url.path, CapacityError("the machine is out of memory", 5.0))
 
+    @app.exception_handler(RecursionError)
+    async def too_deep(request: Request, error: RecursionError) -> JSONResponse:
+        return error_response(request.url.path, RequestError("the body is nested too deeply"))
+
 
 def _first_problem(error: RequestValidationError) -> str:
     """One sentence of pydantic's report: the field and what is wrong with it."""

@@ -8,8 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from puna.chat.go_template import GoTemplate, chat_template
 from puna.chat.prompt import render_prompt
-from puna.chat.template import ChatTemplate
+from puna.chat.template import Template
 from puna.errors import RequestError
 from puna.server.asking import Ask, ChatAsk, chat_pieces, text_pieces
 from puna.server.manager import ServedModel
@@ -78,10 +79,7 @@ def _pieces(model: ServedModel, body: GenerateBody, ask: Ask) -> Pieces:
                 raise RequestError(f"{name} and raw exclude each other: a raw prompt is the whole text")
         return text_pieces(model, _encode(model, prompt, parse_special=True), ask)
     if body.suffix:
-        raise RequestError(
-            f"{body.model} does not support insert: suffix needs a template with a place for it; "
-            "give one in the field template"
-        )
+        return text_pieces(model, _around(model, body), ask)
     if not body.template and not model.llm.has_template:
         if body.system:
             raise RequestError(f"{body.model} has no template, so there is no place for system; send it in the prompt")
@@ -100,13 +98,28 @@ def _messages(body: GenerateBody) -> list[dict[str, Any]]:
     return [{"role": "system", "content": body.system}, *messages] if body.system else messages
 
 
+def _template(model: ServedModel, body: GenerateBody) -> Template:
+    return chat_template(body.template, model.llm.tokenizer) if body.template else model.llm.template
+
+
+def _around(model: ServedModel, body: GenerateBody) -> list[int]:
+    """The prompt that asks for what stands between ``prompt`` and ``suffix``. Raises RequestError, TemplateError."""
+    template = _template(model, body)
+    if not (isinstance(template, GoTemplate) and template.takes_suffix):
+        raise RequestError(
+            f"{body.model} does not support insert: a suffix needs a template with a place for it ({{{{ .Suffix }}}})"
+        )
+    message = {"role": "user", "content": body.prompt or ""}
+    return render_prompt(template, model.llm.tokenizer, [message], suffix=body.suffix).ids
+
+
 def _next_turn(model: ServedModel, body: GenerateBody) -> list[int]:
     """What the template puts between the text of an answer and the next one: the end of the turn, the new message.
 
     Raises RequestError where a template does not let that be told.
     """
     llm = model.llm
-    template = ChatTemplate.for_tokenizer(body.template, llm.tokenizer) if body.template else llm.template
+    template = _template(model, body)
     earlier = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     before = render_prompt(
         template, llm.tokenizer, earlier, add_generation_prompt=False, continue_final_message=True
