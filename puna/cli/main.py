@@ -15,6 +15,9 @@ from puna.errors import PunaError
 COMMANDS: dict[str, str] = {
     "run": "puna.cli.run:run",
     "serve": "puna.cli.serve:serve",
+    "ps": "puna.cli.ps:ps",
+    "stop": "puna.cli.stop:stop",
+    "keys": "puna.cli.keys:keys",
     "pull": "puna.cli.pull:pull",
     "list": "puna.cli.list:list_models",
     "show": "puna.cli.show:show",

@@ -99,9 +99,12 @@ def _request(model: ServedModel, ask: Ask, ids: Sequence[int], index: int) -> Re
     if params.seed is not None and index:
         params = replace(params, seed=params.seed + index)
     room = _limit(model, ask) - len(ids)
-    if ask.context_length is not None and (params.max_tokens is None or params.max_tokens > room):
-        params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
-    return Request(ids, params, model.llm.eos_ids, ask.constraint, cache_salt=ask.tenant)
+    most = model.accounting.limits.answer_tokens(ask.tenant, params.max_tokens)
+    if ask.context_length is not None and (most is None or most > room):
+        most = room
+    if most is not None and most != params.max_tokens:
+        params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
+    return Request(ids, params, model.llm.eos_ids, ask.constraint, cache_salt=ask.tenant, tenant=ask.tenant)
 
 
 def _limit(model: ServedModel, ask: Ask) -> int:

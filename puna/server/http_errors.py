@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import math
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from puna.errors import AccessError, CapacityError, PunaError, RequestError, SourceError, StoreError, TemplateError
 
@@ -57,6 +59,14 @@ def error_response(path: str, error: PunaError) -> JSONResponse:
     headers = {} if retry is None else {"Retry-After": str(max(1, math.ceil(retry)))}
     status = status_of(error)
     return JSONResponse(error_body(path, status, str(error)), status, headers)
+
+
+async def refuse(
+    scope: Scope, receive: Receive, send: Send, status: int, message: str, headers: Mapping[str, str] | None = None
+) -> None:
+    """Answer a request before any route sees it."""
+    response = JSONResponse(error_body(scope["path"], status, message), status, headers)
+    await response(scope, receive, send)
 
 
 def install_error_handlers(app: FastAPI) -> None:

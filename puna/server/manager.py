@@ -19,6 +19,7 @@ from puna.llm.llm import CACHED_CONTEXTS, DEFAULT_CONTEXT
 from puna.llm.memory import MemoryEstimate, estimate_memory
 from puna.ops.protocol import Ops
 from puna.ops.registry import make_ops
+from puna.server.accounting import Accounting
 from puna.server.engine_thread import EngineThread
 from puna.server.settings import ServerSettings
 from puna.store import Manifest, ResolvedModel, Store, resolve_stored
@@ -34,6 +35,7 @@ class ServedModel:
     manifest: Manifest
     llm: LLM
     engine_thread: EngineThread
+    accounting: Accounting
     memory: MemoryEstimate
     load_seconds: float
     leases: int = 0
@@ -51,12 +53,20 @@ class ServedModel:
 class Manager:
     """Owns the loaded models. All of it runs in the event loop; loading itself in a worker thread."""
 
-    def __init__(self, store: Store, settings: ServerSettings, engine_thread: EngineThread, ops: Ops | None = None):
+    def __init__(
+        self,
+        store: Store,
+        settings: ServerSettings,
+        engine_thread: EngineThread,
+        ops: Ops | None = None,
+        accounting: Accounting | None = None,
+    ) -> None:
         self.store = store
         self.settings = settings
         self.ops = make_ops(None, settings.threads) if ops is None else ops
         self.budget = settings.memory_budget or int(psutil.virtual_memory().available * FREE_SHARE)
         self._engine_thread = engine_thread
+        self._accounting = accounting or Accounting()
         self._models: dict[str, ServedModel] = {}
         self._loading = asyncio.Lock()
         self._released = asyncio.Event()
@@ -136,7 +146,7 @@ class Manager:
             started = time.perf_counter()
             llm = await asyncio.to_thread(self._load_llm, found, context)
             seconds = time.perf_counter() - started
-            model = ServedModel(_key(manifest), manifest, llm, self._engine_thread, memory, seconds)
+            model = ServedModel(_key(manifest), manifest, llm, self._engine_thread, self._accounting, memory, seconds)
             model.expires = time.monotonic() + self.settings.keep_alive
             self._models[model.name] = model
             self._engine_thread.add(llm.engine)

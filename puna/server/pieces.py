@@ -11,6 +11,7 @@ from puna.chat.text_stream import TextStream
 from puna.engine import Event, Request, Timings
 from puna.errors import RequestError
 from puna.llm import TokenLogprob
+from puna.server.accounting import AnswerAccount
 from puna.server.engine_thread import Answers
 from puna.server.manager import ServedModel
 
@@ -120,6 +121,7 @@ class Pieces:
         """``reader`` makes one for each answer; ``visible_ids`` are control tokens whose spelling it wants to see."""
         self.requests = requests
         self._model = model
+        self._accounts: list[AnswerAccount] = []
         tokenizer = model.llm.tokenizer
         skip = tokenizer.special_ids - visible_ids
         self._answers: Answers | None = None
@@ -130,6 +132,8 @@ class Pieces:
 
     async def __aenter__(self) -> Pieces:
         """Submit the requests. Raises RequestError."""
+        begin, name = self._model.accounting.begin, self._model.name
+        self._accounts = [begin(name, request.tenant, len(request.prompt_ids)) for request in self.requests]
         self._answers = await self._model.engine_thread.submit(self._model.llm.engine, self.requests)
         return self
 
@@ -138,6 +142,9 @@ class Pieces:
     ) -> None:
         assert self._answers is not None
         self._answers.cancel()
+        reason = "error" if isinstance(error, RequestError) else "cancelled"
+        for index, account in enumerate(self._accounts):
+            account.end(reason, self._answers.timings(index))
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         answers = self._answers
@@ -153,19 +160,22 @@ class Pieces:
                 if piece.finish_reason is not None:
                     left.discard(index)
                     answers.cancel(index)
-            for piece in changed.values():
+            for index, piece in changed.items():
+                self._accounts[index].generated(self._texts[index].count)
+                if piece.finish_reason is not None:
+                    self._accounts[index].end(piece.finish_reason, answers.timings(index))
                 yield piece
 
 
 class _AnswerText:
-    """One answer on its way to text."""
+    """One answer on its way to text. ``count`` is its tokens, the one that ended it too."""
 
     def __init__(self, index: int, request: Request, reader: AnswerReader, text: TextStream) -> None:
         self._index = index
         self._request = request
         self._reader = reader
         self._text = text
-        self._count = 0
+        self.count = 0
         self._calls = False
 
     def take(self, event: Event, piece: Piece, timings: Timings) -> None:
@@ -173,7 +183,7 @@ class _AnswerText:
             raise RequestError(event.error or "the request failed")
         deltas: list[Delta] = []
         if event.token is not None or event.stop_id is not None:
-            self._count += 1
+            self.count += 1
         if event.token is not None:
             deltas += self._reader.push(self._text.push(event.token))
             if self._request.params.logprobs and event.logprob is not None:
@@ -191,7 +201,7 @@ class _AnswerText:
             piece.usage = Usage(
                 timings.prompt_tokens,
                 timings.cached_tokens,
-                self._count,
+                self.count,
                 timings.queue_seconds,
                 timings.prefill_seconds,
                 timings.decode_seconds,
