@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 import puna
 from puna.ops.protocol import Ops
-from puna.server import health
+from puna.server import health, openai
 from puna.server.accounting import Accounting
 from puna.server.auth import Auth
 from puna.server.cors import Origins, is_loopback
@@ -25,7 +25,7 @@ from puna.server.service import Service
 from puna.server.settings import ServerSettings
 from puna.store import Store
 
-ROUTERS = [health.router, ollama_router]
+ROUTERS = [health.router, ollama_router, openai.router]
 
 
 def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | None = None) -> FastAPI:
