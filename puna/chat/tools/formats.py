@@ -94,7 +94,7 @@ def _shows_calls(template: ChatTemplate, number: int) -> bool:
     ]
     text = _try(
         template,
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": calls}, *answers],
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": calls}, *answers],
     )
     shown = [f"{name}_value" in text and f"{_RESULT}_{i}" in text for i, name in enumerate(_NAMES[:number])]
     return all(shown)
