@@ -252,7 +252,7 @@ class ToolCallStream:
             if self._calls > index:
                 self.broken.add(index)
                 if source.ended and source.at == len(source.text) > self._done:
-                    emit(source.text[self._done :])
+                    emit(source.text[self._done :].lstrip())
             raise
 
     def _read_arguments(self, emit: Emit) -> Steps[None]:
