@@ -215,8 +215,33 @@ def test_any_python_arguments(data, given_arguments) -> None:
 
 
 WORDS = [
-    *("<|python_tag|>", "<tool_call>", "</tool_call>", '{"name": "f", "parameters": ', '{"name": "f", "arguments": {', "f("),
-    *('"name"', '"f"', '"parameters": {', "[f(x=", "'a", '"', "'", "\\", "\\u12", "{", "}", "[", "]", "(", ")", ":", ","),
+    *(
+        "<|python_tag|>",
+        "<tool_call>",
+        "</tool_call>",
+        '{"name": "f", "parameters": ',
+        '{"name": "f", "arguments": {',
+        "f(",
+    ),
+    *(
+        '"name"',
+        '"f"',
+        '"parameters": {',
+        "[f(x=",
+        "'a",
+        '"',
+        "'",
+        "\\",
+        "\\u12",
+        "{",
+        "}",
+        "[",
+        "]",
+        "(",
+        ")",
+        ":",
+        ",",
+    ),
     *("1e", "9" * 401, "true", "None", " ", "\n", ";", "é", "x=", "get_weather.call(", "code"),
 ]
 

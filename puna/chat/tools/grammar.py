@@ -57,7 +57,7 @@ class _Answer:
 def _llama(tool_format: ToolFormat, tools: Sequence[Tool], most: int) -> _Answer:
     """JSON, for the Pythonic releases too: a schema has no grammar of Python values, and they read both."""
     opened = _text('{"name"')
-    more = f"({_text('; ')} {opened} call){{0,{most - 1}}}"
+    more = _up_to(most - 1, f"{_text('; ')} {opened} call")
     names = "|".join(re.escape(tool.name) for tool in tools)
     not_text = rf"{_CALL_OBJECT}|\[[ \t\r\n]*({names})(\.call)?\(|{re.escape(PYTHON_TAG)}"
     calls, text_then_calls = f"{opened} call {more}", f"begin call {more}"
@@ -74,9 +74,12 @@ def _tags(tool_format: ToolFormat, _tools: Sequence[Tool], most: int) -> _Answer
     call = _text('{"name"') + " call"
     if tool_format.template_shows_tools:
         line = r"/\n?/"
-        rest = f"{line} {call} {line} {closing} ({line} {opening} {line} {call} {line} {closing}){{0,{most - 1}}}"
+        one = f"{line} {call} {line} {closing}"
+        more = _up_to(most - 1, f"{line} {opening} {one}")
+        rest = f"{one} {more}"
     else:
-        rest = f"{_text('[')} {call} ({_text(', ')} {call}){{0,{most - 1}}} {_text(']')} {closing}"
+        more = _up_to(most - 1, f"{_text(', ')} {call}")
+        rest = f"{_text('[')} {call} {more} {_text(']')} {closing}"
     if OPEN_TAG in tool_format.visible_special_tokens:
         return _Answer("arguments", f"{opening} {rest}", f"TEXT {opening} {rest}", re.escape(OPEN_TAG), None)
     begin = f"begin[lazy]: TEXT {opening}"
@@ -96,6 +99,10 @@ def _call_rules(tools: Sequence[Tool], key: str, enforced: bool) -> list[str]:
 
 def _grammar(rules: Sequence[str]) -> str:
     return "\n".join(["%llguidance {}", *rules])
+
+
+def _up_to(most: int, rule: str) -> str:
+    return f"({rule}){{0,{most}}}" if most else ""
 
 
 def _marker(tool_format: ToolFormat, marker: str) -> str:
