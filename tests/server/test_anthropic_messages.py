@@ -12,8 +12,9 @@ import pytest
 from running_server import RunningServer
 
 import puna.server.asking
+from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.errors import RequestError
-from puna.server.pieces import Delta, TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
+from puna.server.pieces import Delta
 
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
 ANSWER = "The answer to this classic math problem is 4."
@@ -53,7 +54,7 @@ class StructuredReader:
 
 @pytest.fixture
 def structured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(puna.server.asking, "PlainReader", StructuredReader)
+    monkeypatch.setattr(puna.server.asking, "reader_of", lambda *_: (StructuredReader, frozenset()))
 
 
 def test_a_message(client: anthropic.Anthropic) -> None:
@@ -153,6 +154,22 @@ def test_thinking_and_tool_calls(client: anthropic.Anthropic, structured: None) 
             {"city": "Paris"},
         )
         assert (second.id, second.name, second.input) == ("call_b", "get_time", {})
+
+
+def test_a_required_call_fits_its_schema(client: anthropic.Anthropic) -> None:
+    ask = {"model": "smollm2", "max_tokens": 200, "messages": QUESTION, "tools": [WEATHER], "extra_body": GREEDY}
+    for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "get_weather"}):
+        whole = client.messages.create(**ask, tool_choice=choice)
+        with client.messages.stream(**ask, tool_choice=choice) as stream:
+            streamed = stream.get_final_message()
+        for message in (whole, streamed):
+            assert message.stop_reason == "tool_use"
+            call = message.content[-1]
+            assert (call.type, call.name) == ("tool_use", "get_weather")
+            assert isinstance(call.input["city"], str)
+        assert whole.content[-1].input == streamed.content[-1].input
+    chat = client.messages.create(**ask, tool_choice={"type": "none"})
+    assert {block.type for block in chat.content} == {"text"}
 
 
 def test_a_conversation_with_results_of_tools(client: anthropic.Anthropic, structured: None) -> None:

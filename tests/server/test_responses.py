@@ -17,10 +17,11 @@ from openai_schemas import check
 from running_server import RunningServer
 
 import puna.server.asking
+from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.errors import NotFoundError, RequestError
 from puna.server.openai.response_input import messages_of
 from puna.server.openai.response_store import KEPT, ResponseStore
-from puna.server.pieces import Delta, TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
+from puna.server.pieces import Delta
 from puna.server.records import new_id
 
 QUESTION = "What is 2+2?"
@@ -62,7 +63,7 @@ class StructuredReader:
 
 @pytest.fixture
 def structured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(puna.server.asking, "PlainReader", StructuredReader)
+    monkeypatch.setattr(puna.server.asking, "reader_of", lambda *_: (StructuredReader, frozenset()))
 
 
 def test_a_response(client: openai.OpenAI, shared_data: Path) -> None:
@@ -206,6 +207,16 @@ def test_thinking_and_tool_calls(client: openai.OpenAI, structured: None, shared
     assert by_hand.usage.input_tokens == stored.usage.input_tokens
     items = client.responses.input_items.list(stored.id)
     check(shared_data, "ResponseItemList", items.to_dict())
+
+
+def test_a_required_call_fits_its_schema(client: openai.OpenAI, shared_data: Path) -> None:
+    for choice in ("required", {"type": "function", "name": "get_weather"}):
+        ask: dict[str, Any] = {"model": "smollm2", "input": QUESTION, "tools": [WEATHER], "tool_choice": choice}
+        response = client.responses.create(**ask, temperature=0, max_output_tokens=200, parallel_tool_calls=False)
+        check(shared_data, "Response", response.to_dict())
+        (call,) = response.output
+        assert call.type == "function_call"
+        assert isinstance(json.loads(call.arguments)["city"], str)
 
 
 def test_what_is_said_in_a_row_is_one_message() -> None:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from puna.server.pieces import Delta, Piece, TextDelta, ThinkingDelta, ToolCallStart, Usage, check_finished
+from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallStart
+from puna.server.pieces import Delta, Piece, Usage, check_finished
 
 Event = dict[str, Any]
 _EMPTY_BLOCKS = {

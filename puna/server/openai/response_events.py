@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.errors import PunaError
 from puna.server.openai.logprobs import chat_logprobs
 from puna.server.openai.response_input import PlainItem, item_id
-from puna.server.pieces import Delta, Piece, TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart, check_finished
+from puna.server.pieces import Delta, Piece, check_finished
 from puna.tokenizer import Tokenizer
 
 Event = dict[str, Any]
