@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "show": "puna.cli.show:show",
     "rm": "puna.cli.rm:rm",
     "cp": "puna.cli.cp:cp",
+    "create": "puna.cli.create:create_model",
     "import": "puna.cli.import_model:import_model",
     "pack": "puna.cli.pack:pack",
     "convert": "puna.cli.convert:convert",

@@ -13,15 +13,17 @@ import psutil
 from numpy.typing import NDArray
 
 from puna.chat.builtin import builtin_template
+from puna.chat.go_template import chat_template as make_template
 from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
-from puna.chat.template import ChatTemplate
+from puna.chat.template import Template
 from puna.checkpoint import open_checkpoint
 from puna.engine import Constraint, Engine, PrefixCache, Request, SamplingParams, Speculation
 from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
 from puna.llm.identity import model_identity
+from puna.llm.ollama_options import parse_options
 from puna.llm.packing import bind_model
 from puna.llm.speculative import speculation as make_speculation
 from puna.model.model import Model
@@ -60,6 +62,7 @@ class LLM:
         *,
         chat_template: str | None = None,
         system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
         defaults: Mapping[str, Any] | None = None,
         context_length: int | None = None,
         kv_type: str | None = None,
@@ -67,9 +70,13 @@ class LLM:
         prefix_cache: PrefixCache | None = None,
         max_sequences: int = MAX_SEQUENCES,
     ) -> None:
-        """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none."""
+        """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none.
+
+        ``history``: (role, text) of messages that every chat begins with.
+        """
         self.model = model
         self.system = system
+        self.history = [Message(role, text) for role, text in history]
         self.config = model.config
         self.tokenizer = tokenizer
         self.defaults = dict(defaults or {})
@@ -109,8 +116,9 @@ class LLM:
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
-        ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to
-        the physical cores. ``ops``: ``native`` or ``reference``, or ops to share with other models. ``kv_type``: what
+        A stored model's own settings hold where nothing else is asked for (docs/modelfile.md). ``context_length``
+        (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to the physical cores.
+        ``ops``: ``native`` or ``reference``, or ops to share with other models. ``kv_type``: what
         keys and values are kept as, ``f16`` (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or
         ``f32``. ``speculative``: ``ngram`` or ``off``; ``draft_model`` is a smaller model of the same vocabulary,
         loaded in the same way (docs/speculative.md). ``packed``: start from the models' packed files where there are
@@ -128,6 +136,10 @@ class LLM:
                 f"{found.path} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the weights"
             )
         manifest = found.manifest
+        stored = parse_options(manifest.parameters if manifest else {})
+        if context_length is None and stored.num_ctx is not None:
+            context_length = min(stored.num_ctx, checkpoint.config.max_position_embeddings)
+        threads = threads or stored.num_thread
         model_ops = make_ops(ops, threads) if ops is None or isinstance(ops, str) else ops
         speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed)
         return cls(
@@ -135,7 +147,8 @@ class LLM:
             tokenizer,
             chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
             system=manifest.system if manifest else None,
-            defaults=manifest.parameters if manifest else None,
+            history=manifest.messages if manifest else (),
+            defaults=stored.sampling,
             context_length=context_length,
             kv_type=kv_type,
             speculation=speculation,
@@ -158,13 +171,13 @@ class LLM:
         self.__dict__.clear()
 
     @cached_property
-    def template(self) -> ChatTemplate:
+    def template(self) -> Template:
         """The chat template: the model's own, or the one its special tokens call for.
 
         Raises TemplateError for a broken one, and for a base model, which has none.
         """
         source = self._chat_template or builtin_template(self.tokenizer)
-        return ChatTemplate.for_tokenizer(source, self.tokenizer)
+        return make_template(source, self.tokenizer)
 
     @property
     def has_template(self) -> bool:
@@ -284,10 +297,17 @@ class LLM:
         self, messages: Sequence[Message | Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> Prompt:
         """The exact text and token ids that ``chat`` gives to the model, and where each came from."""
+        return render_prompt(self.template, self.tokenizer, self.conversation(messages), tools=tools)
+
+    def conversation(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[Message]:
+        """The messages, checked, behind what the model brings along: its system prompt, unless there is one, and its
+        example messages. Raises RequestError.
+        """
         parsed = parse_messages(messages)
         if self.system is not None and not any(message.role == "system" for message in parsed):
             parsed.insert(0, Message("system", self.system))
-        return render_prompt(self.template, self.tokenizer, parsed, tools=tools)
+        head = 1 if parsed[0].role == "system" else 0
+        return [*parsed[:head], *self.history, *parsed[head:]]
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """The ids of a raw prompt: after one BOS, if the model wants it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -58,6 +59,8 @@ _ANTHROPIC_TYPES = {
 
 
 def status_of(error: PunaError) -> int:
+    if isinstance(error, StoreError) and isinstance(error.__cause__, OSError):
+        return 507 if error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT) else 500  # the disk, not the request
     return next(status for kind, status in STATUS if isinstance(error, kind))
 
 
@@ -116,6 +119,10 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(MemoryError)
     async def no_memory(request: Request, error: MemoryError) -> Response:
         return error_response(request.url.path, CapacityError("the machine is out of memory", 5.0))
+
+    @app.exception_handler(RecursionError)
+    async def too_deep(request: Request, error: RecursionError) -> JSONResponse:
+        return error_response(request.url.path, RequestError("the body is nested too deeply"))
 
 
 def _worst(error: RequestValidationError) -> dict[str, Any]:
