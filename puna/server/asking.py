@@ -142,7 +142,7 @@ def _limit(model: ServedModel, ask: Ask) -> int:
 def _too_long(found: int, limit: int) -> ContextError:
     # Clients know this kind of error by the words "is longer than the model's context length".
     return ContextError(
-        f"the prompt of {found} tokens is longer than the model's context length allows: a context of {limit} must hold "
-        "it and at least one token of answer; shorten it, ask for truncation, or serve the model with a larger context "
-        "length"
+        f"the prompt of {found} tokens is longer than the model's context length allows: a context of {limit} must "
+        "hold it and at least one token of answer; shorten it, ask for truncation, or serve the model with a larger "
+        "context length"
     )
