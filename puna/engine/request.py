@@ -117,8 +117,9 @@ class Constraint(Protocol):
 class Request:
     """One prompt, as token ids, and what to do with it.
 
-    ``eos_ids`` end the answer. Prompts share cached keys and values only under an equal ``cache_salt``. ``seed`` is the
-    one that is used: ``params.seed``, or a random one.
+    ``eos_ids`` end the answer. Prompts share cached keys and values only under an equal ``cache_salt``. ``adapter`` is
+    the name of a loaded one (Engine.load_adapter), None for the bare model. ``seed`` is the one that is used:
+    ``params.seed``, or a random one.
     """
 
     prompt_ids: Sequence[int]
@@ -126,6 +127,7 @@ class Request:
     eos_ids: Collection[int] = ()
     constraint: Constraint | None = None
     cache_salt: str = ""
+    adapter: str | None = None
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:

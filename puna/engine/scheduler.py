@@ -128,7 +128,7 @@ class Scheduler:
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             # The last token is never taken from the cache: its logits are needed.
-            reusable, salt = sequence.tokens[:-1], sequence.request.cache_salt
+            reusable, salt = sequence.tokens[:-1], sequence.cache_salt
             cached = pool.match(reusable, salt)
             missing = pool.blocks_for(len(sequence.tokens)) - len(cached)
             if missing > pool.available:
@@ -171,7 +171,7 @@ class Scheduler:
                 sequence.blocks[i],
                 sequence.blocks[i - 1] if i else None,
                 sequence.tokens[i * size : (i + 1) * size],
-                sequence.request.cache_salt,
+                sequence.cache_salt,
             )
             sequence.num_registered += 1
 
@@ -182,7 +182,7 @@ class Scheduler:
             self.running.remove(sequence)
             if self.prefixes is not None:
                 full = sequence.blocks[: sequence.num_registered]
-                self.prefixes.save(sequence.tokens, sequence.request.cache_salt, full)
+                self.prefixes.save(sequence.tokens, sequence.cache_salt, full)
             self._free(sequence)
 
     def _free(self, sequence: Sequence) -> None:
