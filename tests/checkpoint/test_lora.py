@@ -1,6 +1,5 @@
 """LoRA adapters in: what PEFT saves and computes, the same as GGUF, and everything that must be refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lora_files import write_lora_gguf, write_peft_tensors
 from tiny_models import VARIANTS, random_weights
 
-from puna.checkpoint.gguf_writer import write_gguf
 from puna.checkpoint.lora import read_adapter
-from puna.checkpoint.names import gguf_name, rotary_heads
-from puna.checkpoint.safetensors import write_safetensors
-from puna.config import ModelConfig
 from puna.errors import CheckpointError, PunaError
 from puna.gguf_file import read_gguf
 from puna.model.model import Model
 from puna.ops.protocol import Batch
 from puna.ops.reference import ReferenceOps
-from puna.tensor import Adapter, LowRank, Weight
+from puna.tensor import Adapter, LowRank
 
 CONFIG = VARIANTS["gqa"]
 Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
@@ -39,36 +35,7 @@ def peft_tensors() -> dict[str, np.ndarray]:
 
 
 def write_peft(folder: Path, tensors: dict[str, np.ndarray] | None = None, **fields: Any) -> Path:
-    """A folder as PEFT writes it; a field of None is left out."""
-    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "bias": "none", "init_lora_weights": True} | fields
-    folder.mkdir(exist_ok=True)
-    kept = {key: value for key, value in config.items() if value is not None}
-    (folder / "adapter_config.json").write_text(json.dumps(kept), encoding="utf-8")
-    arrays = peft_tensors() if tensors is None else tensors
-    write_safetensors(folder, {name: Weight.from_array(name, array) for name, array in arrays.items()})
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    return folder
-
-
-def write_lora_gguf(path: Path, adapter: Adapter, config: ModelConfig, alpha: float, **metadata: Any) -> Path:
-    """As llama.cpp's convert_lora_to_gguf.py does: rows of B of queries and keys in Meta's order."""
-    arrays = {}
-    for name, change in adapter.changes.items():
-        heads, b = rotary_heads(config, name), change.b
-        if heads is not None:
-            b = b.reshape(heads, 2, len(b) // heads // 2, -1).swapaxes(1, 2).reshape(b.shape)
-        arrays[gguf_name(name) + ".lora_a"], arrays[gguf_name(name) + ".lora_b"] = change.a, b
-    values = {
-        "general.architecture": "llama",
-        "general.type": "adapter",
-        "adapter.type": "lora",
-        "adapter.lora.alpha": float(alpha),
-    } | {key.replace("__", "."): value for key, value in metadata.items()}
-    weights = {name: Weight.from_array(name, array) for name, array in arrays.items()}
-    kept = {key: value for key, value in values.items() if value is not None}
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    write_gguf(path, kept, shapes, lambda name: (weights[name].type, [weights[name].data]))
-    return path
+    return write_peft_tensors(folder, peft_tensors() if tensors is None else tensors, **fields)
 
 
 class TestPeft:
