@@ -256,3 +256,15 @@ def test_an_adapter(puna, shared_data: Path, tmp_path: Path) -> None:
     result = puna(*command, "--adapter", str(tmp_path))
     assert result.code == 1
     assert "is not an adapter that Puna can read" in result.err
+
+
+def test_a_conversation_with_an_adapter(shared_data: Path, home: Path, tmp_path: Path, capsys) -> None:
+    model = str(shared_data / "weights" / "stories260K" / "hf")
+    with LLM.load(model) as stories:
+        path = write_peft(tmp_path / "adapter", random_adapter(stories.config, 4, seed=1, size=0.02))
+        stories.load_adapter("mine", path)
+        expected = [
+            stories.generate("Once", temperature=0, max_tokens=16, adapter=adapter).text for adapter in ("mine", None)
+        ]
+        repl = converse(stories, ["Once", f"/load {model}", "Once"], adapter="mine")
+    assert [message["content"] for message in repl.messages[1::2]] == expected  # another model has no such adapter
