@@ -52,7 +52,7 @@ def main() -> None:
     print(f"{'ms a step':34}{'kernel':>10}{'step':>10}")
     for name, fields in CASES.items():
         params = SamplingParams(**{"top_k": 0, "top_p": 1.0, **fields})  # type: ignore[arg-type]
-        samplers = [Sampler(Request(prompt.tolist(), params)) for _ in range(options.rows)]
+        samplers = [Sampler(Request(prompt.tolist(), params), options.vocabulary) for _ in range(options.rows)]
         rows = [sampler.row(prompt, 3, None) for sampler in samplers]
 
         def step(samplers: list[Sampler] = samplers) -> None:

@@ -25,9 +25,25 @@ class RequestError(PunaError):
     """A generation request asks for something impossible: a bad parameter, an overlong prompt, a bad schema."""
 
 
+class ContextError(RequestError):
+    """A prompt is longer than the context that must hold it."""
+
+
 class StoreError(PunaError):
     """The local model store does not hold the model, or cannot be read or written."""
 
 
 class SourceError(PunaError):
     """A model source cannot be reached, refuses access, or delivered the wrong bytes."""
+
+
+class CapacityError(PunaError):
+    """The machine cannot take more now: its memory or a queue is full. ``retry_after`` is a guess in seconds."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class AccessError(PunaError):
+    """A key is missing, wrong, or not allowed to do this."""

@@ -21,11 +21,23 @@ LAYERS = [
     {"model"},
     {"engine", "chat", "store"},
     {"llm"},
+    {"server"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 MAY_IMPORT_TORCH: set[str] = set()
-HEAVY = ("torch", "transformers", "httpx", "rich", "typer", "prompt_toolkit", "llguidance", "jinja2")
+HEAVY = (
+    "torch",
+    "transformers",
+    "httpx",
+    "rich",
+    "typer",
+    "prompt_toolkit",
+    "llguidance",
+    "jinja2",
+    "fastapi",
+    "uvicorn",
+)
 
 
 def modules() -> list[Path]:
@@ -76,7 +88,7 @@ def test_the_model_sees_only_the_protocol_of_ops() -> None:
             assert not module.startswith("puna.ops") or module == "puna.ops.protocol", f"{path.name} imports {module}"
 
 
-@pytest.mark.parametrize("module", ["puna.llm", "puna.cli.main"])
+@pytest.mark.parametrize("module", ["puna.llm", "puna.cli.main", "puna.server.app"])
 def test_importing_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -14,11 +14,16 @@ from puna.errors import PunaError
 
 COMMANDS: dict[str, str] = {
     "run": "puna.cli.run:run",
+    "serve": "puna.cli.serve:serve",
+    "ps": "puna.cli.ps:ps",
+    "stop": "puna.cli.stop:stop",
+    "keys": "puna.cli.keys:keys",
     "pull": "puna.cli.pull:pull",
     "list": "puna.cli.list:list_models",
     "show": "puna.cli.show:show",
     "rm": "puna.cli.rm:rm",
     "cp": "puna.cli.cp:cp",
+    "create": "puna.cli.create:create_model",
     "import": "puna.cli.import_model:import_model",
     "pack": "puna.cli.pack:pack",
     "convert": "puna.cli.convert:convert",
@@ -44,7 +49,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(puna.__version__, "-v", "--version", prog_name="puna")
 def cli() -> None:
-    """Run, inspect and convert models of the Llama family on this machine."""
+    """Run, serve, inspect and convert models of the Llama family on this machine."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -28,6 +28,8 @@ def print_timings(timings: Timings, load_seconds: float | None = None) -> None:
     hidden = {"load_seconds"} if load_seconds is None else set()
     if not timings.drafted_tokens:
         hidden |= {"drafted_tokens", "accepted_tokens"}
+    if not timings.shifts:
+        hidden.add("shifts")
     for name, value in timing_facts(timings, load_seconds or 0.0).items():
         if name not in hidden:
             click.echo(f"{name.replace('_', ' ') + ':':27}{value}", err=True)

@@ -3,7 +3,17 @@
 from puna.engine.adapters import LoadedAdapter
 from puna.engine.engine import Engine, Stream
 from puna.engine.prefix_store import PrefixCache
-from puna.engine.request import Constraint, ConstraintState, Event, FinishReason, Request, SamplingParams, Timings
+from puna.engine.request import (
+    Constraint,
+    ConstraintState,
+    Event,
+    FinishReason,
+    Pooling,
+    PromptLogprob,
+    Request,
+    SamplingParams,
+    Timings,
+)
 from puna.engine.speculation import Speculation
 
 __all__ = [
@@ -13,7 +23,9 @@ __all__ = [
     "Event",
     "FinishReason",
     "LoadedAdapter",
+    "Pooling",
     "PrefixCache",
+    "PromptLogprob",
     "Request",
     "SamplingParams",
     "Speculation",

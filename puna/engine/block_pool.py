@@ -93,6 +93,14 @@ class BlockPool:
                 else:
                     self._blank.append(block)
 
+    def check_idle(self) -> None:
+        """Assert that no block is in use and that each is either blank or holds a prefix that can be matched."""
+        assert not any(self._references), f"blocks in use: {[b for b, n in enumerate(self._references) if n]}"
+        assert sorted([*self._blank, *self._idle]) == list(range(self.num_blocks))
+        assert self._idle.keys() == self._key_of.keys() == set(self._by_key.values())
+        assert all(self._by_key[key] == block for block, key in self._key_of.items())
+        assert all(isinstance(parent, str) or parent in self._idle for parent, _ in self._by_key)
+
     def _reference(self, block: int) -> None:
         self._references[block] += 1
         self._idle.pop(block, None)

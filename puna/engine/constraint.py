@@ -5,9 +5,8 @@ Importing this costs a tenth of a second, so whoever needs no constraint does no
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,7 +14,10 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
+from puna.engine.gbnf import is_gbnf, lark_from_gbnf
+from puna.engine.json_schema import enforceable
 from puna.engine.request import Constraint, ConstraintState
+from puna.engine.spelling import spelling
 from puna.errors import RequestError
 
 # Between JSON's tokens. Without a bound, a small model may go on with blanks until the context is full.
@@ -45,12 +47,9 @@ class ConstraintCompiler:
         self._tokenizer = LLTokenizer(TokenizerWrapper(adapter), eos_token=adapter.eos_ids)
         self._vocab_size = vocab_size
 
-    def json_schema(self, schema: Mapping[str, Any] | str) -> Constraint:
+    def json_schema(self, schema: Mapping[str, Any] | bool | str) -> Constraint:
         """Any JSON text that is valid under the schema. Raises RequestError with what is wrong or unsupported in it."""
-        try:
-            text = schema if isinstance(schema, str) else json.dumps(schema)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"the JSON schema is not JSON: {error}") from None
+        text = enforceable(schema)
         grammar = partial(LLMatcher.grammar_from_json_schema, text, overrides={"whitespace_pattern": WHITESPACE})
         return self._compile("JSON schema", grammar)
 
@@ -65,6 +64,18 @@ class ConstraintCompiler:
     def lark(self, grammar: str) -> Constraint:
         """Text of a context-free grammar, in llguidance's variant of Lark's syntax. Raises RequestError."""
         return self._compile("grammar", partial(LLMatcher.grammar_from_lark, grammar))
+
+    def grammar(self, text: str) -> Constraint:
+        """Text of a context-free grammar, in llguidance's Lark or in GBNF, llama.cpp's format. Raises RequestError."""
+        if not isinstance(text, str):
+            raise RequestError(f"the grammar must be a text, found {type(text).__name__}")
+        return self.lark(lark_from_gbnf(text) if is_gbnf(text) else text)
+
+    def choice(self, choices: Sequence[str]) -> Constraint:
+        """One of some texts. Raises RequestError."""
+        if isinstance(choices, str) or not choices or not all(isinstance(c, str) and c for c in choices):
+            raise RequestError(f"choice must be a list of texts of at least one character, found {str(choices)[:100]}")
+        return self._compile("choice", partial(LLMatcher.grammar_from_regex, "|".join(map(re.escape, choices))))
 
     def _compile(self, kind: str, grammar: Callable[[], str]) -> Constraint:
         try:
@@ -124,7 +135,9 @@ class _TokenizerAdapter:
         size = min(tokenizer.vocab_size, vocab_size)
         special = {i for i in range(size) if tokenizer.is_special(i)}
         self._encode = tokenizer.encode
-        self.tokens = [b"" if i in special else tokenizer.token_bytes(i) for i in range(size)]
+        texts = [b"" if i in special else tokenizer.token_bytes(i) for i in range(size)]
+        # A grammar may name a control token by its id, ``<[128010]>``; llguidance tells them apart by their spelling.
+        self.tokens = [f"<[{i}]>".encode() if i in special else text for i, text in enumerate(texts)]
         self.eos_ids = [i for i in eos_ids if i < size]
         if not self.eos_ids:
             # llguidance needs an end token: the first that is past the mask's last word, which cuts it off.
@@ -133,24 +146,13 @@ class _TokenizerAdapter:
             self.eos_ids = [beyond]
         self.eos_token_id = self.eos_ids[0]
         self.special_token_ids = sorted(special | set(self.eos_ids))
-        self._ids = {text: i for i, text in reversed(list(enumerate(self.tokens))) if text}
+        self._ids = {text: i for i, text in reversed(list(enumerate(texts))) if text}
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        """Tokens of a text that the grammar forces: as the tokenizer writes it within a longer text, where it can.
-
-        SentencePiece may put a space before a text; after a line break it does not.
-        """
-        wanted = text.encode()
-        for prefix in ("", "\n"):
-            ids = self._encode(prefix + text)
-            start, length = len(ids), 0
-            while start and length < len(wanted):
-                start -= 1
-                length += len(self.tokens[ids[start]])
-            if b"".join(self.tokens[i] for i in ids[start:]) == wanted:
-                return ids[start:]
-        return self._longest_match(wanted)
+        """Tokens of a text that the grammar forces: as the tokenizer writes it within a longer text, where it can."""
+        found = spelling(self._encode, self.tokens.__getitem__, text)
+        return self._longest_match(text.encode()) if found is None else found
 
     def _longest_match(self, text: bytes) -> list[int]:
         ids, start = [], 0
@@ -172,4 +174,6 @@ def _mask_words(vocab_size: int) -> int:
 def _reason(matcher: LLMatcher) -> str:
     """What llguidance says, in one line and without the dump of its state or stack that follows."""
     message = re.split("<state>|<backtrace>", str(matcher.get_error()))[0]
+    if "coerce_one_of" in message:
+        message = "oneOf whose alternatives may overlap; write anyOf, or make a property or type tell them apart"
     return " ".join(message.split())[:400]

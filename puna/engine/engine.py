@@ -18,7 +18,7 @@ from puna.engine.scheduler import Scheduler, Work
 from puna.engine.sequence import Sequence
 from puna.engine.speculation import Limits, Speculation, Speculator
 from puna.errors import RequestError
-from puna.ops.protocol import Sampled, SamplingRow
+from puna.ops.protocol import SamplingRow
 from puna.tensor import Adapter
 
 
@@ -97,7 +97,8 @@ class Engine:
         """Queue a request. Raises RequestError when it can never be answered."""
         self._check(request)
         adapter = None if request.adapter is None else self._adapters.find(request.adapter)
-        sequence = Sequence(next(self._ids), request, self.context_length, adapter)
+        vocab_size = self.model.config.vocab_size
+        sequence = Sequence(next(self._ids), request, self.context_length, vocab_size, adapter)
         stream = Stream(self, sequence)
         self._streams[sequence.id] = stream
         self.scheduler.add(sequence)
@@ -120,7 +121,7 @@ class Engine:
             else:
                 works.append(work)
         if works:
-            events += self.scheduler.update(*self._run(works, rows))
+            events += self._run(works, rows)
         for event in events:
             self._deliver(event)
         return events
@@ -155,16 +156,35 @@ class Engine:
         self._adapters.unload(name)
         self._runner.model = self._adapters.model
 
-    def _run(
-        self, works: SequenceOf[Work], rows: SequenceOf[SamplingRow]
-    ) -> tuple[SequenceOf[Work], SequenceOf[Sampled]]:
-        if self._speculator is None:
-            return works, self._runner.run(works, rows)
-        works, rows = self._speculator.extend(works, rows)
+    def check_idle(self) -> None:
+        """Assert that nothing is left of requests that have ended: for tests, between two steps without work."""
+        assert not self._streams
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
+        assert not self.scheduler.waiting.num_tenants
+        self.scheduler.pool.check_idle()
+        if self._speculator is not None:
+            self._speculator.check_idle()
+
+    def _run(self, works: SequenceOf[Work], rows: SequenceOf[SamplingRow]) -> list[Event]:
+        if self._speculator is not None:
+            works, rows = self._speculator.extend(works, rows)
+        scoring = [row for work in works if work.num_scored for row in work.sequence.prompt_rows(work.num_scored)]
+        pooled = [work for work in works if work.sequence.pooling is not None]
+        others = [work for work in works if work.sequence.pooling is None] if pooled else works
         started = time.perf_counter()
-        sampled = self._runner.run(works, rows)
-        self._speculator.observe(works, time.perf_counter() - started)
-        return works, sampled
+        sampled = self._runner.run(others, [*rows, *scoring]) if others else []
+        hidden = self._runner.hidden(pooled) if pooled else []
+        seconds = time.perf_counter() - started
+        self.scheduler.observe(works, seconds)
+        if self._speculator is not None:
+            self._speculator.observe(works, seconds)
+        events = self.scheduler.update(works, sampled, hidden)
+        if self._speculator is not None:
+            for work in works:
+                if not work.sequence.num_computed:  # it has shifted, if it has not ended: its tokens are others now
+                    self._speculator.release(work.sequence.id)
+        return events
 
     def _deliver(self, event: Event) -> None:
         self._streams[event.request_id].push(event)
@@ -182,18 +202,26 @@ class Engine:
             raise RequestError("the prompt must be a list of token ids") from None
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token, such as the begin-of-sequence token")
-        if len(prompt) >= self.context_length:
+        answers = request.pooling is None and params.max_tokens != 0
+        if len(prompt) + answers > self.context_length:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, but the context of {self.context_length} must hold it and at "
-                "least one token of answer; shorten the prompt or load the model with a larger context_length"
+                f"the prompt has {len(prompt)} tokens, but the context of {self.context_length} must hold it"
+                f"{' and at least one token of answer' if answers else ''}; shorten the prompt or load the model with "
+                "a larger context_length"
             )
         _check_ids("the prompt", (min(prompt), max(prompt)), vocab_size)
         _check_ids("logit_bias", params.logit_bias, vocab_size)
         _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
-        if params.top_logprobs > vocab_size:
+        _check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
+        for word in params.bad_words_ids:
+            _check_ids("bad_words_ids", word, vocab_size)
+        if request.shift and request.num_keep > self.context_length - 2:
             raise RequestError(
-                f"top_logprobs must not exceed the vocabulary's {vocab_size} tokens, found {params.top_logprobs}"
+                f"num_keep must leave two of the context's {self.context_length} tokens, found {request.num_keep}"
             )
+        for name, count in (("top_logprobs", params.top_logprobs), ("prompt_logprobs", params.prompt_logprobs or 0)):
+            if count > vocab_size:
+                raise RequestError(f"{name} must not exceed the vocabulary's {vocab_size} tokens, found {count}")
 
 
 class Stream:

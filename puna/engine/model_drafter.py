@@ -36,6 +36,7 @@ class DraftWork(NamedTuple):
     num_tokens: int
     look: Lookahead | None
     draft: tuple[int, ...] = ()
+    num_scored: int = 0
 
     @property
     def samples(self) -> bool:
@@ -72,7 +73,7 @@ class ModelDrafter:
             chosen = self._runner.run(works, [look.rows[-1] for look in looks])
             tokens = iter(chosen)
             following = []
-            for sequence, count, look, _ in works:
+            for sequence, count, look, _, _ in works:
                 sequence.num_computed += count
                 if look is not None:
                     token = next(tokens).token
@@ -85,6 +86,10 @@ class ModelDrafter:
         sequence = self._sequences.pop(sequence_id, None)
         if sequence is not None:
             self._pool.release(sequence.blocks)
+
+    def check_idle(self) -> None:
+        assert not self._sequences
+        self._pool.check_idle()
 
     def _first_works(self, lookaheads: SequenceOf[Lookahead]) -> list[DraftWork]:
         """What each sequence is behind, as far as the step's tokens and the blocks last."""

@@ -31,6 +31,9 @@ class NgramDrafter:
     def release(self, sequence_id: int) -> None:
         self._indexes.pop(sequence_id, None)
 
+    def check_idle(self) -> None:
+        assert not self._indexes
+
 
 class NgramIndex:
     """Where each group of tokens was last seen: the place after it."""

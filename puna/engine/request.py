@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from puna.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Pooling = Literal["mean", "last"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,11 @@ class SamplingParams:
     The answer ends at one of the request's end-of-sequence ids, at one of ``stop_token_ids``, after ``max_tokens``
     tokens (None: when the context is full), or when its constraint is complete. ``ignore_eos`` forbids the
     end-of-sequence ids; ``min_tokens`` forbids them and ``stop_token_ids`` until that many tokens are there. ``stop``
-    (texts) and ``logprobs`` are for the text layer above: the engine only carries them. Raises RequestError naming the
-    field.
+    (texts) and ``logprobs`` are for the text layer above: the engine only carries them.
+
+    ``allowed_token_ids``: no others are chosen, end-of-sequence ids included. ``bad_words_ids``: sequences of tokens
+    that the answer never completes. ``prompt_logprobs``: the log probability of each token of the prompt, and that many
+    of the most probable ones at its place; then ``max_tokens`` may be 0. Raises RequestError naming the field.
     """
 
     temperature: float = 0.8
@@ -50,6 +54,9 @@ class SamplingParams:
     max_tokens: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0)
@@ -66,8 +73,10 @@ class SamplingParams:
             _check_whole("seed", self.seed)
         _check_whole("top_logprobs", self.top_logprobs, 0)
         _check_whole("min_tokens", self.min_tokens, 0)
+        if self.prompt_logprobs is not None:
+            _check_whole("prompt_logprobs", self.prompt_logprobs, 0)
         if self.max_tokens is not None:
-            _check_whole("max_tokens", self.max_tokens, 1)
+            _check_whole("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0)
             if self.min_tokens > self.max_tokens:
                 raise RequestError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
         for name in ("logprobs", "ignore_eos"):
@@ -79,10 +88,17 @@ class SamplingParams:
             _check_whole("logit_bias: a token id", token, 0)
             if not _is_number(value) or math.isnan(value):
                 raise RequestError(f"logit_bias of token {token} must be a number, found {value!r}")
-        if not isinstance(self.stop_token_ids, Collection):
-            raise RequestError(f"stop_token_ids must be a list of token ids, found {self.stop_token_ids!r}")
-        for token in self.stop_token_ids:
-            _check_whole("stop_token_ids: a token id", token, 0)
+        _check_tokens("stop_token_ids", self.stop_token_ids)
+        if self.allowed_token_ids is not None:
+            _check_tokens("allowed_token_ids", self.allowed_token_ids)
+            if not self.allowed_token_ids:
+                raise RequestError("allowed_token_ids is empty, so no token could be chosen; leave it out to allow all")
+        if not isinstance(self.bad_words_ids, Collection):
+            raise RequestError(f"bad_words_ids must be lists of token ids, found {self.bad_words_ids!r}")
+        for word in self.bad_words_ids:
+            _check_tokens("bad_words_ids", word)
+            if not word:
+                raise RequestError("bad_words_ids has a sequence without tokens, which every answer would complete")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not (isinstance(stop, Collection) and all(isinstance(text, str) and text for text in stop)):
             raise RequestError(f"stop must be texts of at least one character, found {self.stop!r}")
@@ -118,8 +134,13 @@ class Request:
     """One prompt, as token ids, and what to do with it.
 
     ``eos_ids`` end the answer. Prompts share cached keys and values only under an equal ``cache_salt``. ``adapter`` is
-    the name of a loaded one (Engine.load_adapter), None for the bare model. ``seed`` is the one that is used:
-    ``params.seed``, or a random one.
+    the name of a loaded one (Engine.load_adapter), None for the bare model. ``tenant`` is whom it is for: each gets an
+    equal share of the work (FairQueue). ``seed`` is the one that is used: ``params.seed``, or a random one.
+
+    With ``shift``, a full context is no end: the older half of the tokens after the first ``num_keep`` is forgotten and
+    the rest computed again, at the places that it has then (Timings.shifts counts). With ``pooling`` (``mean`` or
+    ``last``) nothing is generated: the last event has the mean of the prompt's final hidden states, or the last one.
+    Raises RequestError naming the field.
     """
 
     prompt_ids: Sequence[int]
@@ -127,12 +148,29 @@ class Request:
     eos_ids: Collection[int] = ()
     constraint: Constraint | None = None
     cache_salt: str = ""
+    tenant: str = ""
+    shift: bool = False
+    num_keep: int = 0
+    pooling: Pooling | None = None
     adapter: str | None = None
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
+        _check_whole("num_keep", self.num_keep, 0)
+        if self.pooling not in (None, "mean", "last"):
+            raise RequestError(f"pooling must be 'mean' or 'last', found {self.pooling!r}")
+        if self.pooling is not None and self.params.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs can't be had together with pooling; make two requests")
         seed = self.params.seed
         object.__setattr__(self, "seed", secrets.randbits(32) if seed is None else seed)
+
+
+class PromptLogprob(NamedTuple):
+    """A token of the prompt, its log probability (None for the first), and the most probable ones at its place."""
+
+    token: int
+    logprob: float | None = None
+    top: Sequence[tuple[int, float]] = ()
 
 
 class Event(NamedTuple):
@@ -140,7 +178,8 @@ class Event(NamedTuple):
 
     ``token`` is part of the answer, None when there is none. An id that only ends the answer is in ``stop_id`` instead.
     ``logprob`` and ``top`` (token, log probability) belong to whichever of the two there is. ``finish_reason`` is None
-    until the end; ``error`` explains the reason "error".
+    until the end; ``error`` explains the reason "error". The first event has the ``prompt_logprobs`` that were asked
+    for, one for each token; that of a request with ``pooling`` has the ``embedding``, float32[D], not normalised.
     """
 
     request_id: int
@@ -150,6 +189,8 @@ class Event(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_id: int | None = None
     error: str | None = None
+    prompt_logprobs: Sequence[PromptLogprob] | None = None
+    embedding: NDArray[np.float32] | None = None
 
 
 @dataclass
@@ -159,7 +200,7 @@ class Timings:
     Waiting for a place, and reading a prefix from disk, is ``queue_seconds``, from there to the first token
     ``prefill_seconds``, from there to the last ``decode_seconds``. ``cached_tokens`` of the prompt's tokens were not
     computed because an earlier request had them. Of ``drafted_tokens`` that speculation proposed, ``accepted_tokens``
-    became part of the answer.
+    became part of the answer. ``shifts`` counts how often older tokens were forgotten.
     """
 
     prompt_tokens: int
@@ -167,6 +208,7 @@ class Timings:
     generated_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    shifts: int = 0
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -184,6 +226,13 @@ def _check_number(name: str, value: Any, low: float = -math.inf, high: float = m
 def _check_whole(name: str, value: Any, low: float = -math.inf) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise RequestError(f"{name} must be a whole number{_range(low, math.inf)}, found {value!r}")
+
+
+def _check_tokens(name: str, tokens: Any) -> None:
+    if not isinstance(tokens, Collection) or isinstance(tokens, (str, bytes)):
+        raise RequestError(f"{name} must be a list of token ids, found {tokens!r}")
+    for token in tokens:
+        _check_whole(f"{name}: a token id", token, 0)
 
 
 def _range(low: float, high: float) -> str:

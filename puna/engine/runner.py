@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from puna.config import ModelConfig
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
@@ -23,6 +24,8 @@ class RunnableModel(Protocol):
     def config(self) -> ModelConfig: ...
 
     def forward(self, batch: Batch, kv: KVCache) -> Array: ...
+
+    def hidden(self, batch: Batch, kv: KVCache) -> Array: ...
 
     def upload(self, adapter: Adapter) -> Any: ...
 
@@ -56,6 +59,9 @@ class Part(Protocol):
     @property
     def samples(self) -> bool: ...
 
+    @property
+    def num_scored(self) -> int: ...
+
 
 class Runner:
     """Runs steps of ``model``. The arrays of its batches are made once and overwritten by the next step."""
@@ -75,9 +81,17 @@ class Runner:
         self._adapters = np.zeros(max_sequences, np.int32)
 
     def run(self, works: Sequence[Part], rows: Sequence[SamplingRow]) -> list[Sampled]:
-        """Compute a step; ``rows`` are those of the works that sample, one and one for each drafted token, in order."""
+        """Compute a step. ``rows`` are those of the works that sample, one and one for each drafted token, in order;
+        then those of the prompt tokens that are scored.
+        """
         logits = self.model.forward(self.batch(works), self._kv)
         return self.model.ops.sample(logits, rows) if rows else []
+
+    def hidden(self, works: Sequence[Part]) -> list[NDArray[np.float32]]:
+        """Compute a step; the final hidden states [T, D] of each work's tokens."""
+        batch = self.batch(works)
+        states = self.model.ops.to_host(self.model.hidden(batch, self._kv))
+        return np.split(states, batch.seq_starts[1:-1])
 
     def batch(self, works: Sequence[Part]) -> Batch:
         """The step as arrays, valid until the next call."""
@@ -112,6 +126,11 @@ class Runner:
                 self._logit_rows[num_rows] = end - 1
                 num_rows += 1
         n = len(works)
+        for s, work in enumerate(works):
+            if work.num_scored:
+                start = self._seq_starts[s]
+                self._logit_rows[num_rows : num_rows + work.num_scored] = range(start, start + work.num_scored)
+                num_rows += work.num_scored
         return Batch(
             tokens=self._tokens[:end],
             positions=self._positions[:end],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,12 @@ NO_HISTORY = np.empty(0, np.int32)
 
 
 class Sampler:
-    """Makes the SamplingRow of each token of one request; keeps no state, so a token can be computed again."""
+    """Makes the SamplingRow of each token of one request; keeps no state, so a token can be computed again.
 
-    def __init__(self, request: Request) -> None:
+    ``vocab_size`` is the model's.
+    """
+
+    def __init__(self, request: Request, vocab_size: int) -> None:
         params = request.params
         self._params = params
         self._stream = mix64(request.seed & MASK64)
@@ -27,10 +31,20 @@ class Sampler:
         self._early_bias = {**self._bias, **no_eos, **dict.fromkeys(params.stop_token_ids, -math.inf)}
         penalised = params.repeat_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         self._window = params.repeat_last_n if penalised else 0
+        self._vocab_size = vocab_size
+        self._bad_words = [array("i", word) for word in params.bad_words_ids]
+        self._allowed: NDArray[np.uint32] | None = None
+        if params.allowed_token_ids is not None:
+            self._allowed = token_mask(params.allowed_token_ids, vocab_size)
 
     def row(self, tokens: array[int], num_generated: int, allowed: NDArray[np.uint32] | None) -> SamplingRow:
         """The row of the token after ``tokens`` (prompt and answer), of which the last ``num_generated`` are answer."""
         params = self._params
+        bias = self._early_bias if num_generated < params.min_tokens else self._bias
+        if self._bad_words:
+            bias = self._without_bad_words(tokens, num_generated, bias)
+        if self._allowed is not None:
+            allowed = self._allowed if allowed is None else allowed & self._allowed
         return SamplingRow(
             temperature=params.temperature,
             top_k=params.top_k,
@@ -41,16 +55,39 @@ class Sampler:
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             history=self._history(tokens),
-            bias=self._early_bias if num_generated < params.min_tokens else self._bias,
+            bias=bias,
             allowed=allowed,
             uniform=uniform(self._stream, num_generated),
             top_logprobs=params.top_logprobs,
         )
 
+    def prompt_row(self, token: int) -> SamplingRow:
+        """The row that gives a token of the prompt and its log probability: no other is allowed."""
+        return SamplingRow(
+            allowed=token_mask((token,), self._vocab_size), top_logprobs=self._params.prompt_logprobs or 0
+        )
+
+    def _without_bad_words(self, tokens: array[int], num_generated: int, bias: dict[int, float]) -> dict[int, float]:
+        """Forbid what would complete a bad word within the answer."""
+        forbidden = {}
+        for word in self._bad_words:
+            begun = len(word) - 1
+            if begun <= num_generated and tokens[len(tokens) - begun :] == word[:-1]:
+                forbidden[word[-1]] = -math.inf
+        return {**bias, **forbidden} if forbidden else bias
+
     def _history(self, tokens: array[int]) -> NDArray[np.int32]:
         if self._window == 0:
             return NO_HISTORY
         return np.array(tokens if self._window < 0 else tokens[-self._window :], np.int32)
+
+
+def token_mask(tokens: Collection[int], vocab_size: int) -> NDArray[np.uint32]:
+    """The bit mask of SamplingRow that allows these tokens."""
+    mask = np.zeros(-(-vocab_size // 32), np.uint32)
+    ids = np.fromiter(tokens, np.int64, len(tokens))
+    np.bitwise_or.at(mask, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+    return mask
 
 
 def uniform(stream: int, index: int) -> float:

@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-from collections import deque
+from array import array
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from puna.engine.block_pool import BlockPool
+from puna.engine.fair_queue import FairQueue
+from puna.engine.prefill_budget import PrefillBudget
 from puna.engine.prefix_store import PrefixStore
 from puna.engine.request import Event, FinishReason
 from puna.engine.sequence import Sequence
 from puna.ops.protocol import Sampled
 
+SCORING_COST = 8  # tokens of the step for each prompt token that is scored
+
 
 class Work(NamedTuple):
     """One sequence's part of a step: its next ``num_tokens`` tokens, and after them a draft of what may follow.
 
-    Only a work that samples has a draft. It samples one token, and one more after each token of the draft.
+    Only a work that samples has a draft. It samples one token, and one more after each token of the draft. The tokens
+    after the first ``num_scored`` are of the prompt, and their log probabilities are wanted.
     """
 
     sequence: Sequence
     num_tokens: int
     draft: SequenceOf[int] = ()
+    num_scored: int = 0
 
     @property
     def samples(self) -> bool:
         """Whether the sequence has caught up after this step, so that its next token can be sampled."""
-        return self.num_tokens == self.sequence.behind
+        return self.num_tokens == self.sequence.behind and self.sequence.wants_token
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, first come, first served.
+    """Continuous batching with chunked prefill, fair between tenants.
 
-    A step computes at most ``max_batch_tokens`` tokens of at most ``max_sequences`` sequences. Sequences that run come
-    first; what they leave of the budget admits new ones, when there are blocks for all of their tokens. A sequence that
-    gets less than it is behind has used up the budget, so it is the last one running and holds up none of the others.
-    When blocks run out, the sequence that arrived last goes back to waiting and is computed again later. Everyone
-    running arrived before everyone waiting.
+    A step computes at most ``max_batch_tokens`` tokens of at most ``max_sequences`` sequences. Those that are one token
+    behind come first. Prompts share what is left, or what PrefillBudget allows beside them: the next tokens are those
+    of the tenant that got least (FairQueue), first come, first served within a tenant. A sequence is admitted when
+    there are blocks for all of its tokens. When blocks run out, the sequence that was admitted last waits again and is
+    computed again later, before any new one is admitted. The one that was admitted first is never put back, so there
+    is always progress.
     """
 
     def __init__(
@@ -47,37 +57,49 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.prefixes = prefixes
-        self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.prefill_budget = PrefillBudget()
+        self.running: list[Sequence] = []  # in the order in which they were admitted
+        self.waiting = FairQueue()
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. All the tokens it may ever have must fit in the pool."""
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def schedule(self) -> list[Work]:
         """Choose the next step and reserve its blocks. Empty only when nothing runs or waits."""
-        works: list[Work] = []
-        budget = self.max_batch_tokens
         preemptions = self.num_preemptions
-        while len(works) < len(self.running):
-            sequence = self.running[len(works)]
-            count = min(sequence.behind, budget)
-            assert count > 0
-            if not self._reserve(sequence, count):
-                break
-            works.append(Work(sequence, count))
-            budget -= count
-        if self.num_preemptions == preemptions:  # otherwise whoever has just made room would take it back
-            self._admit(works, budget)
+        works = self._decoding()
+        # After a preemption none is admitted: whoever has just made room would take it back.
+        self._add_prefill(works, self.max_sequences if self.num_preemptions == preemptions else 0)
         return works
 
-    def update(self, works: SequenceOf[Work], sampled: SequenceOf[Sampled]) -> list[Event]:
-        """Account for a computed step. ``sampled`` has the entries of each work that samples, in their order."""
+    def observe(self, works: SequenceOf[Work], seconds: float) -> None:
+        """Learn from the time that a step took."""
+        prompts = [work.num_tokens for work in works if work.num_tokens > 1]
+        self.prefill_budget.observe(len(works) - len(prompts), sum(prompts), seconds)
+
+    def update(
+        self, works: SequenceOf[Work], sampled: SequenceOf[Sampled], hidden: SequenceOf[NDArray[np.float32]] = ()
+    ) -> list[Event]:
+        """Account for a computed step.
+
+        ``sampled`` has the entries of each work that samples, in their order, then those of scored prompt tokens;
+        ``hidden`` those of each work of a sequence with ``pooling``.
+        """
         events: list[Event] = []
         first = 0
+        scored = len(sampled) - sum(work.num_scored for work in works)
+        states = iter(hidden)
         for work in works:
-            sequence, samples = work.sequence, work.samples
+            sequence = work.sequence
+            num_events = len(events)
+            if work.num_scored:
+                sequence.add_prompt_logprobs(sampled[scored : scored + work.num_scored])
+                scored += work.num_scored
+            if sequence.pooling is not None:
+                sequence.add_hidden(next(states))
+            samples = work.samples
             sequence.num_computed += work.num_tokens
             if work.draft:
                 end = first + 1 + len(work.draft)
@@ -86,9 +108,13 @@ class Scheduler:
             elif samples:
                 events.append(sequence.advance(sampled[first]))
                 first += 1
+            elif not sequence.behind:
+                events.append(sequence.complete())
             self._register(sequence)
-            if samples and events[-1].finish_reason is not None:
+            if len(events) > num_events and events[-1].finish_reason is not None:
                 self._remove(sequence)
+            elif sequence.must_shift:
+                self._shift(sequence)
         return events
 
     def reserve_draft(self, sequence: Sequence, wanted: int) -> int:
@@ -123,30 +149,87 @@ class Scheduler:
         del sequence.blocks[kept:]
         return events
 
-    def _admit(self, works: list[Work], budget: int) -> None:
-        pool = self.pool
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
-            sequence = self.waiting[0]
-            # The last token is never taken from the cache: its logits are needed.
-            reusable, salt = sequence.tokens[:-1], sequence.cache_salt
-            cached = pool.match(reusable, salt)
-            missing = pool.blocks_for(len(sequence.tokens)) - len(cached)
-            if missing > pool.available:
-                pool.release(cached)
+    def _decoding(self) -> list[Work]:
+        """The works of those that are one token behind."""
+        works: list[Work] = []
+        i = 0
+        while i < len(self.running):
+            sequence = self.running[i]
+            if sequence.behind == 1:
+                if not self._reserve(sequence, 1):
+                    break
+                works.append(self._work(sequence, 1))
+            i += 1
+        return works
+
+    def _add_prefill(self, works: list[Work], max_sequences: int) -> None:
+        """Give what the step has left to those that are further behind, and to new ones while there are places."""
+        prompts = [sequence for sequence in self.running if sequence.behind > 1]
+        left = self.max_batch_tokens - len(works)
+        if works:
+            places = max(0, max_sequences - len(self.running))
+            left = min(left, self.prefill_budget.tokens(len(works), len(prompts) + min(len(self.waiting), places)))
+        held: set[int] = set()
+        while left > 0:
+            new = self.waiting.candidates() if len(self.running) < max_sequences else []
+            choices = [*prompts, *(sequence for sequence in new if sequence.id not in held)]
+            if not choices:
                 return
-            self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.blocks.extend(cached)
-            sequence.blocks.extend(pool.allocate(missing))
-            sequence.num_registered = found = len(cached)
-            if self.prefixes is not None:
-                found = self.prefixes.load(reusable, salt, sequence.blocks, found)
-            sequence.num_computed = found * pool.block_size
-            self._register(sequence)
-            sequence.mark_admitted(sequence.num_computed)
-            count = min(sequence.behind, budget)
-            works.append(Work(sequence, count))
-            budget -= count
+            sequence = min(choices, key=self.waiting.work)
+            if sequence in prompts:
+                prompts.remove(sequence)
+            else:
+                admitted = self._admit(sequence)
+                if admitted is None:  # its tenant's other sequences wait with it
+                    held.add(sequence.id)
+                    continue
+                if not admitted:
+                    max_sequences = 0
+                    continue
+            # A row of logits costs as much as several tokens, and much more memory.
+            cost = SCORING_COST if sequence.scores_prompt else 1
+            works.append(self._work(sequence, min(sequence.behind, max(1, left // cost))))
+            left -= works[-1].num_tokens * cost
+
+    def _work(self, sequence: Sequence, num_tokens: int) -> Work:
+        self.waiting.charge(sequence, num_tokens)
+        num_scored = 0
+        if sequence.scores_prompt:
+            num_scored = min(num_tokens, sequence.num_prompt - 1 - sequence.num_computed)
+        return Work(sequence, num_tokens, num_scored=num_scored)
+
+    def _admit(self, sequence: Sequence) -> bool | None:
+        """Move a sequence from those that wait to those that run. False when there are not blocks enough for it,
+        None when another one is about to compute what it can then take over.
+        """
+        pool = self.pool
+        reusable, salt = sequence.reusable, sequence.cache_salt
+        cached = pool.match(reusable, salt)
+        missing = pool.blocks_for(len(sequence.tokens)) - len(cached)
+        end = (len(cached) + 1) * pool.block_size
+        soon = end <= len(reusable) and self._computed_soon(reusable[:end], salt)
+        if soon or missing > pool.available:
+            pool.release(cached)
+            return None if soon else False
+        self.waiting.take(sequence)
+        self.running.append(sequence)
+        sequence.blocks.extend(cached)
+        sequence.blocks.extend(pool.allocate(missing))
+        sequence.num_registered = found = len(cached)
+        if self.prefixes is not None:
+            found = self.prefixes.load(reusable, salt, sequence.blocks, found)
+        sequence.num_computed = found * pool.block_size
+        self._register(sequence)
+        sequence.mark_admitted(sequence.num_computed)
+        return True
+
+    def _computed_soon(self, prefix: array[int], salt: str) -> bool:
+        """Whether a sequence that runs begins with these full blocks and has not computed the last of them yet."""
+        end = len(prefix)
+        return any(
+            other.num_computed < end and other.cache_salt == salt and other.tokens[:end] == prefix
+            for other in self.running
+        )
 
     def _reserve(self, sequence: Sequence, count: int) -> bool:
         """Make sure of blocks for the next ``count`` tokens; False when the sequence itself had to give way."""
@@ -154,7 +237,7 @@ class Scheduler:
         while missing > self.pool.available:
             last = self.running.pop()
             self._free(last)
-            self.waiting.appendleft(last)
+            self.waiting.put_back(last)
             self.num_preemptions += 1
             if last is sequence:
                 return False
@@ -175,17 +258,24 @@ class Scheduler:
             )
             sequence.num_registered += 1
 
+    def _shift(self, sequence: Sequence) -> None:
+        """Make room in a full context. What is left of the sequence is computed again, as after a preemption."""
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.shift()
+        self.waiting.put_back(sequence)
+
     def _remove(self, sequence: Sequence) -> None:
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        else:
+        if sequence in self.running:
             self.running.remove(sequence)
             if self.prefixes is not None:
                 full = sequence.blocks[: sequence.num_registered]
                 self.prefixes.save(sequence.tokens, sequence.cache_salt, full)
             self._free(sequence)
+        else:
+            self.waiting.take(sequence)
+        self.waiting.forget(sequence)
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
-        del sequence.blocks[:]
-        sequence.num_computed = sequence.num_registered = 0
+        sequence.restart()

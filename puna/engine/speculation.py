@@ -117,6 +117,9 @@ class Drafter(Protocol):
     def release(self, sequence_id: int) -> None:
         """Forget a sequence that has ended."""
 
+    def check_idle(self) -> None:
+        """Assert that nothing is left of sequences that have ended."""
+
 
 class Speculator:
     """Adds drafts to the works of a step, as long as they pay for themselves."""
@@ -164,6 +167,10 @@ class Speculator:
     def release(self, sequence_id: int) -> None:
         """Forget a sequence that has ended."""
         self._drafter.release(sequence_id)
+
+    def check_idle(self) -> None:
+        """Assert that nothing is left of sequences that have ended."""
+        self._drafter.check_idle()
 
     def _lookaheads(self, works: SequenceOf[Work], rows: SequenceOf[SamplingRow]) -> dict[int, Lookahead]:
         left = self._max_batch_tokens - sum(work.num_tokens for work in works)

@@ -13,9 +13,10 @@ import psutil
 from numpy.typing import NDArray
 
 from puna.chat.builtin import builtin_template
+from puna.chat.go_template import chat_template as make_template
 from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
-from puna.chat.template import ChatTemplate
+from puna.chat.template import Template
 from puna.checkpoint import open_checkpoint
 from puna.checkpoint.lora import read_adapter
 from puna.engine import Constraint, Engine, LoadedAdapter, PrefixCache, Request, SamplingParams, Speculation
@@ -23,11 +24,13 @@ from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
 from puna.llm.identity import model_identity
+from puna.llm.ollama_options import parse_options
 from puna.llm.packing import bind_model
 from puna.llm.speculative import speculation as make_speculation
 from puna.model.model import Model
+from puna.ops.protocol import Ops
 from puna.ops.registry import make_ops
-from puna.store import resolve
+from puna.store import ResolvedModel, resolve
 from puna.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 8192
 BLOCK_SIZE = 32
 CACHE_SIZE = 10**9
+MAX_SEQUENCES = 64
+MAX_BATCH_TOKENS = 512
+CACHED_CONTEXTS = 4
 
 
 class LLM:
@@ -57,15 +63,21 @@ class LLM:
         *,
         chat_template: str | None = None,
         system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
         defaults: Mapping[str, Any] | None = None,
         context_length: int | None = None,
         kv_type: str | None = None,
         speculation: Speculation | None = None,
         prefix_cache: PrefixCache | None = None,
+        max_sequences: int = MAX_SEQUENCES,
     ) -> None:
-        """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none."""
+        """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none.
+
+        ``history``: (role, text) of messages that every chat begins with.
+        """
         self.model = model
         self.system = system
+        self.history = [Message(role, text) for role, text in history]
         self.config = model.config
         self.tokenizer = tokenizer
         self.defaults = dict(defaults or {})
@@ -82,37 +94,42 @@ class LLM:
             kv_type=kv_type,
             speculation=speculation,
             prefix_cache=prefix_cache,
+            max_sequences=max_sequences,
+            max_batch_tokens=max(MAX_BATCH_TOKENS, max_sequences),
         )
         self.context_length = self.engine.context_length
 
     @classmethod
     def load(
         cls,
-        name_or_path: str | Path,
+        name_or_path: str | Path | ResolvedModel,
         *,
         context_length: int | None = None,
         threads: int | None = None,
-        ops: str | None = None,
+        ops: str | Ops | None = None,
         kv_type: str | None = None,
         speculative: str | Speculation | None = None,
         draft_model: str | Path | None = None,
         packed: bool = True,
         cache_dir: str | Path | None = None,
         cache_size: int = CACHE_SIZE,
+        max_sequences: int = MAX_SEQUENCES,
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
-        ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to
-        the physical cores. ``ops``: ``native`` or ``reference``. ``kv_type``: what keys and values are kept as, ``f16``
-        (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or ``f32``. ``speculative``: ``ngram`` or
-        ``off``; ``draft_model`` is a smaller model of the same vocabulary, loaded in the same way
-        (docs/speculative.md). ``packed``: start from the models' packed files where there are some (docs/loading.md).
-        ``cache_dir``: a private folder that keeps what was computed of prompts and answers for later processes, at most
-        ``cache_size`` bytes of it (docs/prefix-cache.md).
+        A stored model's own settings hold where nothing else is asked for (docs/modelfile.md). ``context_length``
+        (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to the physical cores.
+        ``ops``: ``native`` or ``reference``, or ops to share with other models. ``kv_type``: what
+        keys and values are kept as, ``f16`` (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or
+        ``f32``. ``speculative``: ``ngram`` or ``off``; ``draft_model`` is a smaller model of the same vocabulary,
+        loaded in the same way (docs/speculative.md). ``packed``: start from the models' packed files where there are
+        some (docs/loading.md). ``cache_dir``: a private folder that keeps what was computed of prompts and answers for
+        later processes, at most ``cache_size`` bytes of it (docs/prefix-cache.md). At most ``max_sequences`` requests
+        are computed together.
 
         Raises StoreError, CheckpointError, ConfigError, TokenizerError, RequestError.
         """
-        found = resolve(name_or_path)
+        found = name_or_path if isinstance(name_or_path, ResolvedModel) else resolve(name_or_path)
         checkpoint = open_checkpoint(found.path)
         tokenizer = checkpoint.tokenizer
         if tokenizer is None:
@@ -120,20 +137,26 @@ class LLM:
                 f"{found.path} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the weights"
             )
         manifest = found.manifest
-        model_ops = make_ops(ops, threads)
+        stored = parse_options(manifest.parameters if manifest else {})
+        if context_length is None and stored.num_ctx is not None:
+            context_length = min(stored.num_ctx, checkpoint.config.max_position_embeddings)
+        threads = threads or stored.num_thread
+        model_ops = make_ops(ops, threads) if ops is None or isinstance(ops, str) else ops
         speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed)
         return cls(
             bind_model(model_ops, found, checkpoint, packed=packed),
             tokenizer,
             chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
             system=manifest.system if manifest else None,
-            defaults=manifest.parameters if manifest else None,
+            history=manifest.messages if manifest else (),
+            defaults=stored.sampling,
             context_length=context_length,
             kv_type=kv_type,
             speculation=speculation,
             prefix_cache=None
             if cache_dir is None
             else PrefixCache(Path(cache_dir).expanduser(), model_identity(found), cache_size),
+            max_sequences=max_sequences,
         )
 
     def __enter__(self) -> LLM:
@@ -149,13 +172,13 @@ class LLM:
         self.__dict__.clear()
 
     @cached_property
-    def template(self) -> ChatTemplate:
+    def template(self) -> Template:
         """The chat template: the model's own, or the one its special tokens call for.
 
         Raises TemplateError for a broken one, and for a base model, which has none.
         """
         source = self._chat_template or builtin_template(self.tokenizer)
-        return ChatTemplate.for_tokenizer(source, self.tokenizer)
+        return make_template(source, self.tokenizer)
 
     @property
     def has_template(self) -> bool:
@@ -241,7 +264,7 @@ class LLM:
         >>> "".join(chunk.text for chunk in llm.generate("1, 2, 3,", temperature=0, max_tokens=2, stream=True))
         ' 4'
         """
-        encoded = [self._encode(text, parse_special) for text in _texts(prompts)]
+        encoded = [self.encode(text, parse_special=parse_special) for text in _texts(prompts)]
         requests = [self._request(ids, self.sampling(params, **sampling), constraint, adapter) for ids in encoded]
         chunks = stream_chunks(self.engine, requests, self.tokenizer)
         if stream:
@@ -295,10 +318,30 @@ class LLM:
         self, messages: Sequence[Message | Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> Prompt:
         """The exact text and token ids that ``chat`` gives to the model, and where each came from."""
+        return render_prompt(self.template, self.tokenizer, self.conversation(messages), tools=tools)
+
+    def conversation(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[Message]:
+        """The messages, checked, behind what the model brings along: its system prompt, unless there is one, and its
+        example messages. Raises RequestError.
+        """
         parsed = parse_messages(messages)
         if self.system is not None and not any(message.role == "system" for message in parsed):
             parsed.insert(0, Message("system", self.system))
-        return render_prompt(self.template, self.tokenizer, parsed, tools=tools)
+        head = 1 if parsed[0].role == "system" else 0
+        return [*parsed[:head], *self.history, *parsed[head:]]
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The ids of a raw prompt: after one BOS, if the model wants it.
+
+        ``parse_special`` reads control tokens that the text spells as such.
+
+        >>> llm.encode("Hello world")
+        [19556, 905]
+        """
+        ids = self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos, parse_special=parse_special)
+        if ids[:2] == [self.tokenizer.bos_id] * 2:  # the text spells the one that would be put before it
+            del ids[0]
+        return ids
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32[T, V]: row t holds the scores of the token after ``ids[t]``.
@@ -336,12 +379,6 @@ class LLM:
         whole = self.tokenizer.encode(stripped + continuation, add_bos=self.tokenizer.add_bos)
         return scoring.score(self.model, prompt_ids, whole[len(prompt_ids) :], self.kv_type)
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
-        ids = self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos, parse_special=parse_special)
-        if ids[:2] == [self.tokenizer.bos_id] * 2:  # the text spells the one that would be put before it
-            del ids[0]
-        return ids
-
     def _request(
         self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None, adapter: str | None
     ) -> Request:
@@ -367,4 +404,4 @@ def _cache_blocks(model: Model, context_length: int, kv_type: str | None, *, exp
             f"a context of {context_length} tokens needs {one_context * block_bytes >> 20} MiB of cache, more than "
             f"half of the free memory ({affordable * block_bytes >> 20} MiB); choose a smaller context_length"
         )
-    return int(max(1, min(4 * one_context, affordable)))
+    return int(max(1, min(CACHED_CONTEXTS * one_context, affordable)))

@@ -5,7 +5,7 @@ from puna.store.manifest import Lineage, Manifest, StoredFile
 from puna.store.names import ModelName
 from puna.store.progress import Progress, Silent
 from puna.store.pull import pull
-from puna.store.resolve import ResolvedModel, resolve
+from puna.store.resolve import ResolvedModel, resolve, resolve_stored
 from puna.store.store import Damage, Store
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "import_file",
     "pull",
     "resolve",
+    "resolve_stored",
 ]

@@ -48,6 +48,11 @@ def resolve(name_or_path: str | os.PathLike[str], store: Store | None = None) ->
         if os.path.exists(text):
             return _outside(Path(text))
         raise
+    return resolve_stored(manifest, store)
+
+
+def resolve_stored(manifest: Manifest, store: Store) -> ResolvedModel:
+    """Where a stored model's files are. Raises StoreError for lost ones."""
     return ResolvedModel(store.path_of(manifest), manifest, store.packs.path(manifest.content_digest))
 
 

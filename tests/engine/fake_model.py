@@ -7,7 +7,7 @@ stale block, a skipped token) changes what is read and so the output, or trips a
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,9 @@ class FakeOps:
     def cache_identity(self, kv: FakeKV) -> str:
         return f"fake, blocks of {kv.block_size}"
 
+    def to_host(self, x: Any) -> NDArray[np.float32]:
+        return np.asarray(x, np.float32)
+
     def sample(self, logits: Any, rows: list[SamplingRow]) -> list[Sampled]:
         assert len(logits) == len(rows)
         return sample_rows(logits, rows)
@@ -69,6 +72,11 @@ class FakeModel:
         self.config = tiny_config(vocab_size=vocab_size, max_position_embeddings=context_length)
         self.ops: Any = FakeOps()
         self.steps: list[list[int]] = []  # how many tokens each sequence computed, by step
+
+    def hidden(self, batch: Batch, kv: Any) -> NDArray[np.float32]:
+        """float32[T, V]: the logits of every token."""
+        every = np.arange(len(batch.tokens), dtype=np.int32)
+        return self.forward(replace(batch, logit_rows=every), kv)
 
     def forward(self, batch: Batch, kv: Any) -> NDArray[np.float32]:
         counts = np.diff(batch.seq_starts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from fake_model import FakeModel, fake_logits
 
-from puna.engine import Engine, Event, Request, SamplingParams, Stream
+from puna.engine import Engine, Event, Request, SamplingParams, Speculation, Stream
 from puna.errors import RequestError
 
 
@@ -36,11 +37,8 @@ def tokens_of(events: list[Event]) -> list[int]:
 
 
 def assert_all_free(engine: Engine) -> None:
-    scheduler = engine.scheduler
     assert not engine.has_work
-    assert not scheduler.running
-    assert not scheduler.waiting
-    assert scheduler.pool.available == scheduler.pool.num_blocks
+    engine.check_idle()
 
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5]
@@ -90,7 +88,8 @@ def test_step_reports_the_events_of_all_requests() -> None:
     assert engine.step() == []
 
 
-def test_a_long_prompt_does_not_hold_up_the_others() -> None:
+def test_a_long_prompt_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)  # nothing is learnt about the time that steps take
     model = FakeModel(context_length=200)
     engine = make_engine(model, max_batch_tokens=8, max_sequences=4, num_blocks=100)
     early = engine.submit(Request([1], greedy(max_tokens=30)))
@@ -190,6 +189,26 @@ class TestPrefixReuse:
             assert tokens_of(list(stream)) == expected_greedy([*prompt, i], 8)
         assert_all_free(engine)
 
+    @pytest.mark.parametrize("budget", [7, 64])
+    def test_copies_of_a_prompt_are_computed_once(self, budget: int) -> None:
+        model = FakeModel()
+        engine = make_engine(model, max_batch_tokens=budget, max_sequences=7)
+        params = [SamplingParams(seed=seed, temperature=1.5, max_tokens=5) for seed in range(5)]
+        streams = [engine.submit(Request(PROMPT, p)) for p in params]
+        answers = [tokens_of(list(stream)) for stream in streams]
+        assert answers == [tokens_of(list(make_engine().submit(Request(PROMPT, p)))) for p in params]
+        assert len({tuple(answer) for answer in answers}) > 1
+        assert [stream.timings.cached_tokens for stream in streams] == [0, 8, 8, 8, 8]
+        assert sum(map(sum, model.steps)) == 9 + 4 * 1 + 5 * 4  # the prompt, four last tokens, five answers
+        assert_all_free(engine)
+
+    def test_nobody_waits_for_a_prefix_that_a_cancelled_request_would_have_computed(self) -> None:
+        engine = make_engine(max_batch_tokens=2, max_sequences=2)
+        first, second = (engine.submit(Request(PROMPT, greedy(max_tokens=3))) for _ in range(2))
+        engine.step()
+        engine.cancel(first.id)
+        assert tokens_of(list(second)) == expected_greedy(PROMPT, 3)
+
     def test_salts_keep_requests_apart(self) -> None:
         engine = make_engine()
         for salt, cached in (("a", 0), ("b", 0), ("a", 8)):
@@ -272,6 +291,147 @@ class TestEnds:
             assert [i for i, _ in event.top] == best.tolist()
             assert [p for _, p in event.top] == pytest.approx(logprobs[best])
             history.append(event.token)
+
+
+class TestPromptLogprobs:
+    def expected(self, prompt: Sequence[int], count: int) -> list[tuple[float, list[tuple[int, float]]]]:
+        """Log probability and most probable tokens of each place but the first, without any engine."""
+        scores = []
+        for place in range(1, len(prompt)):
+            logits = fake_logits(np.array(prompt[:place]), 50).astype(np.float64)
+            logprobs = logits - np.log(np.exp(logits).sum())
+            best = np.argsort(-logprobs)[:count]
+            scores.append((logprobs[prompt[place]], [(int(i), logprobs[i]) for i in best]))
+        return scores
+
+    @pytest.mark.parametrize("budget", [1, 5, 24, 64])
+    @pytest.mark.parametrize(("count", "max_tokens"), [(0, 3), (3, 3), (2, 0)])
+    def test_every_token_of_the_prompt_has_one(self, budget: int, count: int, max_tokens: int) -> None:
+        engine = make_engine(max_batch_tokens=budget, max_sequences=1)
+        list(engine.submit(Request(PROMPT, greedy(max_tokens=2))))  # leaves the prompt in the prefix cache
+        stream = engine.submit(Request(PROMPT, greedy(prompt_logprobs=count, max_tokens=max_tokens)))
+        first, *rest = list(stream)
+        assert first.prompt_logprobs is not None
+        assert [entry.token for entry in first.prompt_logprobs] == PROMPT
+        assert first.prompt_logprobs[0] == (PROMPT[0], None, ())
+        for entry, (logprob, top) in zip(first.prompt_logprobs[1:], self.expected(PROMPT, count), strict=True):
+            assert entry.logprob == pytest.approx(logprob)
+            assert [token for token, _ in entry.top] == [token for token, _ in top]
+            assert [p for _, p in entry.top] == pytest.approx([p for _, p in top])
+        assert all(event.prompt_logprobs is None for event in rest)
+        assert tokens_of([first, *rest]) == expected_greedy(PROMPT, max_tokens)
+        assert [event.finish_reason for event in (first, *rest)][-1] == "length"
+        assert stream.timings.cached_tokens == 0
+        engine.check_idle()
+
+    def test_a_step_computes_few_rows_of_logits(self) -> None:
+        model = FakeModel(context_length=400)
+        engine = make_engine(model, num_blocks=100)
+        list(engine.submit(Request([1] * 300, greedy(prompt_logprobs=0, max_tokens=0))))
+        assert max(map(sum, model.steps)) == 64
+
+    def test_a_prompt_that_fills_the_context(self) -> None:
+        (event,) = make_engine().submit(Request([1] * 64, greedy(prompt_logprobs=0, max_tokens=0)))
+        assert event.prompt_logprobs is not None
+        assert len(event.prompt_logprobs) == 64
+
+
+class TestPooling:
+    @pytest.mark.parametrize("budget", [1, 4, 64])
+    @pytest.mark.parametrize("pooling", ["mean", "last"])
+    def test_beside_generation(self, budget: int, pooling: Any) -> None:
+        """The fake model's hidden states are its logits."""
+        engine = make_engine(max_batch_tokens=budget, max_sequences=min(budget, 4))
+        states = [fake_logits(np.array(PROMPT[: n + 1]), 50) for n in range(len(PROMPT))]
+        expected = states[-1] if pooling == "last" else np.mean(states, axis=0, dtype=np.float64)
+        for _ in range(2):  # the second time, a prefix is cached
+            streams = [
+                engine.submit(Request(PROMPT, greedy(max_tokens=8))),
+                engine.submit(Request(PROMPT, pooling=pooling)),
+            ]
+            assert tokens_of(list(streams[0])) == expected_greedy(PROMPT, 8)
+            (event,) = streams[1]
+            assert (event.token, event.finish_reason) == (None, "stop")
+            assert event.embedding is not None
+            assert event.embedding.dtype == np.float32
+            np.testing.assert_allclose(event.embedding, expected, rtol=1e-6)
+            assert streams[1].timings.generated_tokens == 0
+        engine.check_idle()
+
+    def test_a_prompt_may_fill_the_context(self) -> None:
+        (event,) = make_engine().submit(Request([1] * 64, pooling="last"))
+        np.testing.assert_array_equal(event.embedding, fake_logits(np.ones(64), 50))
+
+
+class TestShift:
+    def expected(self, prompt: Sequence[int], count: int, context: int, keep: int) -> tuple[list[int], int]:
+        history, answer, shifts = list(prompt), [], 0
+        for _ in range(count):
+            token = int(fake_logits(np.array(history), 50).argmax())
+            history.append(token)
+            answer.append(token)
+            if len(history) == context and len(answer) < count:
+                del history[keep : keep + (context - keep) // 2]
+                shifts += 1
+        return answer, shifts
+
+    @pytest.mark.parametrize("keep", [0, 3, 9, 12])
+    @pytest.mark.parametrize("drafter", [None, "ngram"])
+    def test_the_older_half_is_forgotten(self, keep: int, drafter: str | None) -> None:
+        speculation = Speculation(drafter, token_cost=0.0) if drafter else None
+        engine = make_engine(FakeModel(context_length=16), max_batch_tokens=8, max_sequences=2, speculation=speculation)
+        stream = engine.submit(Request(PROMPT, greedy(max_tokens=40), shift=True, num_keep=keep))
+        other = engine.submit(Request([1], greedy(max_tokens=9)))
+        events = list(stream)
+        answer, shifts = self.expected(PROMPT, 40, 16, keep)
+        assert tokens_of(events) == answer
+        assert stream.timings.shifts == shifts > 0
+        assert (stream.timings.generated_tokens, events[-1].finish_reason) == (40, "length")
+        assert tokens_of(list(other)) == expected_greedy([1], 9)
+        engine.check_idle()
+
+    def test_it_is_off_where_nobody_asks(self) -> None:
+        stream = make_engine(FakeModel(context_length=16)).submit(Request(PROMPT, greedy(max_tokens=40)))
+        assert len(list(stream)) == 7
+        assert stream.timings.shifts == 0
+
+
+class TestForbiddenTokens:
+    def test_allowed_token_ids(self) -> None:
+        allowed = [3, 31, 32, 33, 49]
+        stream = make_engine().submit(Request(PROMPT, greedy(max_tokens=10, allowed_token_ids=allowed)))
+        banned = [token for token in range(50) if token not in allowed]
+        assert tokens_of(list(stream)) == expected_greedy(PROMPT, 10, banned=banned)
+
+    def test_allowed_token_ids_and_a_constraint(self) -> None:
+        params = greedy(allowed_token_ids=[40, 33])
+        stream = make_engine().submit(Request(PROMPT, params, constraint=OneToken([40, 2])))
+        assert [event.finish_reason for event in stream] == [None, "error"]
+
+    def test_bad_words(self) -> None:
+        """What the model would write is forbidden, in whole and in the parts that remain possible."""
+        plain = expected_greedy(PROMPT, 3)
+        history, expected = list(PROMPT), []
+        for place in range(3):
+            logits = fake_logits(np.array(history), 50)
+            if expected == plain[:2] and place == 2:
+                logits[plain[2]] = -np.inf
+            expected.append(int(logits.argmax()))
+            history.append(expected[-1])
+        assert expected[:2] == plain[:2]
+        assert expected[2] != plain[2]
+        stream = make_engine().submit(Request(PROMPT, greedy(max_tokens=3, bad_words_ids=[plain, [48, 1]])))
+        assert tokens_of(list(stream)) == expected
+
+    def test_a_single_token_is_a_bad_word_too(self) -> None:
+        (bad,) = expected_greedy(PROMPT, 1)
+        stream = make_engine().submit(Request(PROMPT, greedy(max_tokens=8, bad_words_ids=[[bad]])))
+        assert tokens_of(list(stream)) == expected_greedy(PROMPT, 8, banned=[bad])
+
+    def test_the_prompt_does_not_begin_a_bad_word(self) -> None:
+        (token,) = expected_greedy(PROMPT, 1)
+        params = greedy(max_tokens=1, bad_words_ids=[[PROMPT[-1], token]])
+        assert tokens_of(list(make_engine().submit(Request(PROMPT, params)))) == [token]
 
 
 class TestCancel:
@@ -440,12 +600,22 @@ class TestRefusals:
             ([1], {"logit_bias": {50: 1.0}}, "logit_bias has token id 50"),
             ([1], {"stop_token_ids": (50,)}, "stop_token_ids has token id 50"),
             ([1], {"top_logprobs": 51}, "top_logprobs must not exceed"),
+            ([1], {"prompt_logprobs": 51}, "prompt_logprobs must not exceed"),
+            ([1] * 65, {"prompt_logprobs": 0, "max_tokens": 0}, "context of 64 must hold it; shorten"),
+            ([1], {"allowed_token_ids": [50]}, "allowed_token_ids has token id 50"),
+            ([1], {"bad_words_ids": [[1, 50]]}, "bad_words_ids has token id 50"),
         ],
     )
     def test_requests(self, prompt: Any, params: dict[str, Any], reason: str) -> None:
         engine = make_engine()
         with pytest.raises(RequestError, match=reason):
             engine.submit(Request(prompt, SamplingParams(**params)))
+        assert_all_free(engine)
+
+    def test_num_keep_must_leave_room(self) -> None:
+        engine = make_engine()
+        with pytest.raises(RequestError, match="num_keep must leave two of the context's 64 tokens, found 63"):
+            engine.submit(Request([1], shift=True, num_keep=63))
         assert_all_free(engine)
 
     def test_the_longest_prompt_is_accepted(self) -> None:

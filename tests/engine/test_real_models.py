@@ -10,6 +10,7 @@ from tiny_models import random_weights, tiny_config
 
 from puna.checkpoint import open_checkpoint
 from puna.engine import Engine, Request, SamplingParams, Speculation, Timings
+from puna.llm import scoring
 from puna.model.model import Model
 from puna.ops.registry import OPS, make_ops
 from puna.tensor import Weight
@@ -58,6 +59,32 @@ def test_same_tokens_in_any_batch(tiny: Model, params: SamplingParams, options: 
     # The block size may decide the order in which attention adds up, so it is the same.
     alone = answers(tiny, params, max_sequences=1, num_blocks=100, block_size=options.get("block_size", 32))
     assert answers(tiny, params, **options) == alone
+
+
+@pytest.mark.parametrize("budget", [5, 64])
+def test_scores_and_embeddings_of_prompts(tiny: Model, budget: int) -> None:
+    """In chunks, beside a text that is generated: as computed from all logits and hidden states at once."""
+    engine = Engine(tiny, num_blocks=100, max_batch_tokens=budget, max_sequences=5)
+    prompt = PROMPTS[3]
+    params = SamplingParams(temperature=0, max_tokens=30)
+    plain = list(Engine(tiny, num_blocks=100).submit(Request(prompt, params)))
+    generated = engine.submit(Request(prompt, params))
+    mean = engine.submit(Request(prompt, pooling="mean"))
+    scored = engine.submit(Request(prompt, SamplingParams(prompt_logprobs=2, max_tokens=0)))
+    assert [event.token for event in generated] == [event.token for event in plain]
+
+    (event,) = mean
+    vector = event.embedding
+    assert vector is not None
+    np.testing.assert_allclose(vector / np.linalg.norm(vector), scoring.embedding(tiny, prompt), atol=1e-5)
+
+    (event,) = scored
+    assert event.prompt_logprobs is not None
+    expected = scoring.score(tiny, prompt[:1], prompt[1:])
+    logprobs = [entry.logprob for entry in event.prompt_logprobs[1:]]
+    np.testing.assert_allclose(logprobs, expected.token_logprobs, atol=1e-4)
+    assert all(len(entry.top) == 2 for entry in event.prompt_logprobs[1:])
+    engine.check_idle()
 
 
 def test_the_published_story(ops_name: str, shared_data: Path) -> None:

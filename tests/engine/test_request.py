@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from puna.engine import SamplingParams
+from puna.engine import Request, SamplingParams
 from puna.errors import RequestError
 
 
@@ -47,11 +47,33 @@ from puna.errors import RequestError
         ("max_tokens", 2.0),
         ("min_tokens", -1),
         ("ignore_eos", "yes"),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("allowed_token_ids", "12"),
+        ("bad_words_ids", 1),
+        ("bad_words_ids", [1]),
+        ("bad_words_ids", [[]]),
+        ("bad_words_ids", [[1.5]]),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", True),
     ],
 )
 def test_an_impossible_value_is_named(field: str, value: Any) -> None:
     with pytest.raises(RequestError, match=field):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"num_keep": -1}, "num_keep"),
+        ({"pooling": "max"}, "pooling must be 'mean' or 'last', found 'max'"),
+        ({"pooling": "mean", "params": SamplingParams(prompt_logprobs=1)}, "make two requests"),
+    ],
+)
+def test_an_impossible_request(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        Request([1], **fields)
 
 
 def test_min_tokens_beyond_max_tokens() -> None:

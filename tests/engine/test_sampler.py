@@ -14,7 +14,7 @@ TOKENS = array("i", [5, 6, 7, 8, 9])
 
 
 def row(num_generated: int = 2, eos_ids: tuple[int, ...] = (), **params: Any) -> Any:
-    return Sampler(Request([5, 6, 7], SamplingParams(**params), eos_ids)).row(TOKENS, num_generated, None)
+    return Sampler(Request([5, 6, 7], SamplingParams(**params), eos_ids), 50).row(TOKENS, num_generated, None)
 
 
 def test_uniform_is_splitmix64() -> None:
@@ -60,7 +60,7 @@ def test_without_penalties_there_is_no_history() -> None:
 def test_the_history_is_a_copy() -> None:
     """A view would forbid the sequence to grow."""
     tokens = array("i", [1, 2])
-    kept = Sampler(Request([1], SamplingParams(repeat_penalty=2, repeat_last_n=-1))).row(tokens, 1, None)
+    kept = Sampler(Request([1], SamplingParams(repeat_penalty=2, repeat_last_n=-1)), 50).row(tokens, 1, None)
     tokens.append(3)
     assert kept.history.tolist() == [1, 2]
 

@@ -158,3 +158,22 @@ def test_an_adapter_of_other_content_under_the_same_name_finds_nothing() -> None
     stream = engine.submit(request("again"))
     assert told(list(stream)) == alone(request("one"))
     assert stream.timings.cached_tokens == 16
+
+
+def test_embeddings_and_prompt_scores_are_the_adapters() -> None:
+    def embedding(engine: Engine, adapter: str | None) -> list[float]:
+        request = Request(PROMPT, SamplingParams(), adapter=adapter, pooling="mean")
+        vector = list(engine.submit(request))[-1].embedding
+        assert vector is not None
+        return vector.tolist()
+
+    def scores(engine: Engine, adapter: str | None) -> object:
+        request = Request(PROMPT, SamplingParams(prompt_logprobs=2, max_tokens=0), adapter=adapter)
+        first, *_ = engine.submit(request)
+        return first.prompt_logprobs
+
+    for ask in (embedding, scores):
+        together = make_engine()
+        found = [ask(together, adapter) for adapter in (None, "one", "two")]
+        assert found == [ask(make_engine(), adapter) for adapter in (None, "one", "two")]
+        assert found[0] != found[1] != found[2]

@@ -1,0 +1,51 @@
+"""What a model will take of the memory, told before it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from puna.checkpoint import Checkpoint, open_checkpoint
+from puna.ops.protocol import Ops
+from puna.store import ResolvedModel
+
+if TYPE_CHECKING:
+    from puna.ops.native_ops import NativeOps
+
+# The step's arrays, the tokenizer and its vocabulary, Python's own.
+OVERHEAD = 128 << 20
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of the weights as the ops hold them, of the key/value cache when it is full, and of everything else."""
+
+    weights: int
+    cache: int
+    overhead: int = OVERHEAD
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.overhead
+
+
+def estimate_memory(
+    ops: Ops, found: ResolvedModel, context_length: int, kv_type: str | None = None, contexts: int = 1
+) -> MemoryEstimate:
+    """The memory of a model with a cache for ``contexts`` full contexts. Raises CheckpointError, ConfigError."""
+    checkpoint = open_checkpoint(found.path)
+    cache = ops.kv_bytes_per_token(checkpoint.config, kv_type) * context_length * contexts
+    return MemoryEstimate(_weight_bytes(ops, checkpoint), cache)
+
+
+def _weight_bytes(ops: Ops, checkpoint: Checkpoint) -> int:
+    """The native ops repack matrices, and keep a tied embedding beside its panels."""
+    if ops.name != "native":
+        return sum(weight.nbytes for weight in checkpoint.tensors.values())
+    native: NativeOps = ops  # type: ignore[assignment]
+    size = 0
+    for name, weight in checkpoint.tensors.items():
+        matrix = len(weight.shape) == 2
+        size += native.packed_matrix(weight).size if matrix else weight.nbytes
+        size += weight.nbytes if name == "model.embed_tokens.weight" else 0
+    return size

@@ -1,0 +1,244 @@
+"""Many models on one machine: loaded when asked for, kept for a while, evicted when others need the memory."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+
+import psutil
+
+from puna.checkpoint import open_checkpoint
+from puna.errors import CapacityError
+from puna.llm import LLM
+from puna.llm.llm import CACHED_CONTEXTS, DEFAULT_CONTEXT
+from puna.llm.memory import MemoryEstimate, estimate_memory
+from puna.ops.protocol import Ops
+from puna.ops.registry import make_ops
+from puna.server.accounting import Accounting
+from puna.server.engine_thread import EngineThread
+from puna.server.settings import ServerSettings
+from puna.store import Manifest, ResolvedModel, Store, resolve_stored
+
+FREE_SHARE = 0.9  # of the memory that is free at the start; the rest is the system's
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A loaded model. ``leases`` counts the requests that use it; ``expires`` is on the clock of ``time.monotonic``."""
+
+    name: str
+    manifest: Manifest
+    llm: LLM
+    engine_thread: EngineThread
+    accounting: Accounting
+    memory: MemoryEstimate
+    load_seconds: float
+    leases: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+    expires: float = math.inf
+    stopping: bool = False
+
+    @property
+    def expires_at(self) -> datetime:
+        """When it is unloaded if nobody asks for it before; far away for one that stays."""
+        seconds = min(self.expires - time.monotonic(), 100 * 365 * 86400.0)
+        return datetime.now(timezone.utc) + timedelta(seconds=max(0.0, seconds))
+
+
+class Manager:
+    """Owns the loaded models. All of it runs in the event loop; loading itself in a worker thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        settings: ServerSettings,
+        engine_thread: EngineThread,
+        ops: Ops | None = None,
+        accounting: Accounting | None = None,
+    ) -> None:
+        self.store = store
+        self.settings = settings
+        self.ops = make_ops(None, settings.threads) if ops is None else ops
+        self.budget = settings.memory_budget or int(psutil.virtual_memory().available * FREE_SHARE)
+        self._engine_thread = engine_thread
+        self._accounting = accounting or Accounting()
+        self._models: dict[str, ServedModel] = {}
+        self._loading = asyncio.Lock()
+        self._released = asyncio.Event()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[bool]] = set()
+        self._unloading: set[asyncio.Task[None]] = set()
+
+    def loaded(self) -> list[ServedModel]:
+        """The models in memory, the one used last first."""
+        return sorted(self._models.values(), key=lambda model: -model.last_used)
+
+    @asynccontextmanager
+    async def use(
+        self, name: str, *, keep_alive: float | None = None, context_length: int | None = None
+    ) -> AsyncIterator[ServedModel]:
+        """A model for as long as the block lasts, loaded if need be, and for ``keep_alive`` seconds after it.
+
+        ``context_length`` is what it must hold at least. Raises StoreError for an unknown name, CapacityError when it
+        cannot be in memory, and what loading raises.
+        """
+        model = await self._acquire(name, context_length)
+        try:
+            yield model
+        finally:
+            self._release(model, self.settings.keep_alive if keep_alive is None else keep_alive)
+
+    async def stop(self, name: str) -> bool:
+        """Unload a model now, or as soon as nobody uses it; whether it was loaded. Raises StoreError."""
+        model = self._models.get(str(self.store.locate(name)))
+        if model is None:
+            return False
+        model.stopping = True
+        self._unload_expired()
+        await asyncio.gather(*self._unloading)
+        return True
+
+    async def close(self) -> None:
+        """Unload everything, in use or not."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for model in list(self._models.values()):
+            await self._unload(model)
+
+    async def _acquire(self, name: str, context_length: int | None) -> ServedModel:
+        manifest = await asyncio.to_thread(self.store.find, name)
+        while True:
+            model = self._models.get(_key(manifest))
+            if model is not None and _serves(model, manifest, context_length):
+                model.leases += 1
+                model.last_used = time.monotonic()
+                return model
+            # A client that goes away must not leave a load behind that nobody owns.
+            released = self._released
+            task = asyncio.create_task(self._load(manifest, context_length))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            if not await asyncio.shield(task):
+                await released.wait()
+
+    async def _load(self, manifest: Manifest, context_length: int | None) -> bool:
+        """Load in place of idle models; False when those in use must end first."""
+        async with self._loading:
+            loaded = self._models.get(_key(manifest))
+            if loaded is not None:
+                if _serves(loaded, manifest, context_length):
+                    return True
+                if loaded.leases:
+                    return False
+                await self._unload(loaded)
+            found = await asyncio.to_thread(resolve_stored, manifest, self.store)
+            wanted = context_length or self.settings.context_length
+            context = await asyncio.to_thread(_bounded, wanted, found)
+            memory = await asyncio.to_thread(self._estimate, found, context)
+            if not await self._make_room(_key(manifest), memory):
+                return False
+            started = time.perf_counter()
+            llm = await asyncio.to_thread(self._load_llm, found, context)
+            seconds = time.perf_counter() - started
+            model = ServedModel(_key(manifest), manifest, llm, self._engine_thread, self._accounting, memory, seconds)
+            model.expires = time.monotonic() + self.settings.keep_alive
+            self._models[model.name] = model
+            self._engine_thread.add(llm.engine)
+            return True
+
+    def _load_llm(self, found: ResolvedModel, context: int | None) -> LLM:
+        settings = self.settings
+        return LLM.load(
+            found,
+            context_length=context,
+            ops=self.ops,
+            kv_type=settings.kv_type,
+            max_sequences=settings.parallel,
+        )
+
+    def _estimate(self, found: ResolvedModel, context: int | None) -> MemoryEstimate:
+        return estimate_memory(self.ops, found, context or DEFAULT_CONTEXT, self.settings.kv_type, CACHED_CONTEXTS)
+
+    async def _make_room(self, name: str, memory: MemoryEstimate) -> bool:
+        """Unload idle models, the least recently used first, until there is room; False when those in use bar the way.
+
+        Raises CapacityError for a model that could not be loaded into the whole budget.
+        """
+        if memory.weights + memory.overhead > self.budget:
+            raise CapacityError(
+                f"{name} needs {_gigabytes(memory.weights + memory.overhead)} of memory for its weights, more than the "
+                f"{_gigabytes(self.budget)} that models may use; choose a smaller or more strongly quantized model"
+            )
+        while True:
+            used = sum(model.memory.total for model in self._models.values())
+            enough = not self._models or used + memory.total <= self.budget
+            if enough and len(self._models) < self.settings.max_loaded:
+                return True
+            idle = [model for model in self._models.values() if not model.leases]
+            if not idle:
+                return False
+            await self._unload(min(idle, key=lambda model: model.last_used))
+
+    def _release(self, model: ServedModel, keep_alive: float) -> None:
+        model.leases -= 1
+        model.last_used = time.monotonic()
+        model.expires = model.last_used + keep_alive
+        self._tell_released()
+        self._unload_expired()
+
+    def _unload_expired(self) -> None:
+        """Unload idle models whose time is over, and come back when the next one's is."""
+        now = time.monotonic()
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        idle = [model for model in self._models.values() if not model.leases]
+        for model in idle:
+            if model.stopping or model.expires <= now:
+                task = asyncio.get_running_loop().create_task(self._unload(model))
+                self._unloading.add(task)
+                task.add_done_callback(self._unloading.discard)
+        waiting = [model.expires for model in idle if now < model.expires < math.inf]
+        if waiting:
+            loop = asyncio.get_running_loop()
+            self._alarm = loop.call_later(min(waiting) - now, self._unload_expired)
+
+    async def _unload(self, model: ServedModel) -> None:
+        if self._models.get(model.name) is not model:
+            return
+        del self._models[model.name]
+        await self._engine_thread.remove(model.llm.engine)
+        model.llm.close()
+        self._tell_released()
+
+    def _tell_released(self) -> None:
+        self._released.set()
+        self._released = asyncio.Event()
+
+
+def _key(manifest: Manifest) -> str:
+    return str(manifest.model_name)
+
+
+def _serves(model: ServedModel, manifest: Manifest, context_length: int | None) -> bool:
+    """Whether the loaded model is the stored one as it is now, with a context that is long enough."""
+    longest = model.llm.config.max_position_embeddings
+    long_enough = context_length is None or model.llm.context_length >= min(context_length, longest)
+    return model.manifest == manifest and not model.stopping and long_enough
+
+
+def _bounded(context_length: int | None, found: ResolvedModel) -> int | None:
+    """No more than the model was made for."""
+    if context_length is None:
+        return None
+    return min(context_length, open_checkpoint(found.path).config.max_position_embeddings)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

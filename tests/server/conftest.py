@@ -1,0 +1,39 @@
+"""A store with two real models, and a server over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from ollama_schema import OllamaSchema
+from running_server import RunningServer
+
+from puna.store import Store, import_file
+
+
+@pytest.fixture(scope="session")
+def model_store(smollm2_path: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """``smollm2`` (SmolLM2-135M-Instruct) and ``stories`` (a base model of 260 thousand parameters)."""
+    store = Store(tmp_path_factory.mktemp("store"), notify=lambda _: None)
+    import_file(smollm2_path, "smollm2", store=store)
+    import_file(shared_data / "weights" / "stories260K" / "stories260K.gguf", "stories", store=store)
+    return store
+
+
+@pytest.fixture(scope="session")
+def server(model_store: Store) -> Iterator[RunningServer]:
+    with RunningServer(model_store) as running:
+        yield running
+
+
+@pytest.fixture
+def http(server: RunningServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def ollama_schema(shared_data: Path) -> OllamaSchema:
+    return OllamaSchema(shared_data)

@@ -1,0 +1,38 @@
+"""A real server on a free port of this machine, for real clients."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+
+import uvicorn
+
+from puna.server.app import create_app
+from puna.server.settings import ServerSettings
+from puna.store import Store
+
+
+class RunningServer:
+    """Serves a store until the block ends; ``url`` is where."""
+
+    def __init__(self, store: Store, **settings: object) -> None:
+        self.app = create_app(ServerSettings(port=0, **settings), store)  # type: ignore[arg-type]
+        self.server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="warning"))
+        self._thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self) -> RunningServer:
+        self._thread.start()
+        while not self.server.started:
+            assert self._thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.server.should_exit = True
+        self._thread.join(timeout=60)
+        assert not self._thread.is_alive(), "the server did not stop"
