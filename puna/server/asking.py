@@ -182,7 +182,15 @@ def _request(model: ServedModel, ask: Ask, ids: Sequence[int], index: int) -> Re
         most = room
     if most is not None and most != params.max_tokens:
         params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
-    return Request(ids, params, model.llm.eos_ids, ask.constraint, cache_salt=ask.tenant, tenant=ask.tenant)
+    return Request(
+        ids,
+        params,
+        model.llm.eos_ids,
+        ask.constraint,
+        cache_salt=ask.tenant,
+        tenant=ask.tenant,
+        adapter=model.adapter,
+    )
 
 
 def _limit(model: ServedModel, ask: Ask) -> int:
