@@ -18,6 +18,7 @@ from puna.errors import CapacityError
 from puna.llm import LLM
 from puna.llm.llm import CACHED_CONTEXTS, DEFAULT_CONTEXT
 from puna.llm.memory import MemoryEstimate, estimate_memory
+from puna.llm.ollama_options import parse_options
 from puna.ops.protocol import Ops
 from puna.ops.registry import make_ops
 from puna.server.accounting import Accounting
@@ -140,6 +141,7 @@ class Manager:
             await self._unload(model)
 
     async def _acquire(self, manifest: Manifest, context_length: int | None) -> ServedModel:
+        context_length = context_length or parse_options(manifest.parameters).num_ctx
         while True:
             model = self._models.get(_key(manifest))
             if model is not None and _serves(model, manifest, context_length):

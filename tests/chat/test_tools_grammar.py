@@ -1,4 +1,4 @@
-"""Constrained calls: random walks through what a grammar allows, judged by jsonschema; texts that it must refuse."""
+"""Constrained calls: random walks through a grammar, judged by jsonschema; and texts that it must refuse."""
 
 from __future__ import annotations
 
