@@ -121,7 +121,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(request.url.path, CapacityError("the machine is out of memory", 5.0))
 
     @app.exception_handler(RecursionError)
-    async def too_deep(request: Request, error: RecursionError) -> JSONResponse:
+    async def too_deep(request: Request, error: RecursionError) -> Response:
         return error_response(request.url.path, RequestError("the body is nested too deeply"))
 
 
