@@ -17,6 +17,7 @@ from puna.chat.go_template import chat_template as make_template
 from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
 from puna.chat.template import Template
+from puna.chat.tools import ToolFormat, tool_format
 from puna.checkpoint import open_checkpoint
 from puna.engine import Constraint, Engine, PrefixCache, Request, SamplingParams, Speculation
 from puna.errors import RequestError, TemplateError, TokenizerError
@@ -178,6 +179,11 @@ class LLM:
         """
         source = self._chat_template or builtin_template(self.tokenizer)
         return make_template(source, self.tokenizer)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model is told of tools and writes calls. Raises TemplateError as ``template`` does."""
+        return tool_format(self.template, self.tokenizer)
 
     @property
     def has_template(self) -> bool:

@@ -114,6 +114,7 @@ class Manager:
 
     async def _acquire(self, name: str, context_length: int | None) -> ServedModel:
         manifest = await asyncio.to_thread(self.store.find, name)
+        context_length = context_length or parse_options(manifest.parameters).num_ctx
         while True:
             model = self._models.get(_key(manifest))
             if model is not None and _serves(model, manifest, context_length):

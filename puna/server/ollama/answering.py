@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import Request
 
+from puna.chat.tools import ToolCallArguments, ToolCallStart
 from puna.engine import SamplingParams
 from puna.errors import RequestError
 from puna.llm import TokenLogprob
@@ -22,7 +23,7 @@ from puna.server.ollama.bodies import Generation, ModelUse
 from puna.server.ollama.details import thinks
 from puna.server.ollama.formats import constraint_of
 from puna.server.ollama.streaming import Line
-from puna.server.pieces import Piece, Pieces, ToolCallArguments, ToolCallStart, Usage
+from puna.server.pieces import Piece, Pieces, Usage
 from puna.server.service import Service
 from puna.server.settings import parse_duration
 from puna.tokenizer import Tokenizer

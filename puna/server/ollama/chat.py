@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from fastapi import APIRouter, Request
@@ -47,7 +48,7 @@ async def _lines(call: Call, body: ChatBody) -> AsyncGenerator[Line, None]:
             think=think_of(model, body),
             continue_final_message=last["role"] == "assistant" and bool(last.get("content")),
         )
-        _, pieces = chat_pieces(model, ask)
+        _, pieces = await asyncio.to_thread(chat_pieces, model, ask)
         async for line in piece_lines(call, model, body, pieces, _part, dict):
             yield line
 
