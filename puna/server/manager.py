@@ -176,8 +176,7 @@ class Manager:
                     return False
                 await self._unload(loaded)
             found = await asyncio.to_thread(resolve_stored, manifest, self.store)
-            wanted = context_length or self.settings.context_length
-            context = await asyncio.to_thread(_bounded, wanted, found)
+            context = await asyncio.to_thread(self._context, found, manifest, context_length)
             memory = await asyncio.to_thread(self._estimate, found, context)
             if not await self._make_room(_key(manifest), memory):
                 return False
@@ -199,6 +198,17 @@ class Manager:
             kv_type=settings.kv_type,
             max_sequences=settings.parallel,
         )
+
+    def _context(self, found: ResolvedModel, manifest: Manifest, wanted: int | None) -> int | None:
+        """What to load with: at most what the model was made for, at least what who asks for nothing gets.
+
+        Otherwise the small wish of one client would be the limit of all others.
+        """
+        if wanted is None and self.settings.context_length is None:
+            return None
+        usual = self.settings.context_length or parse_options(manifest.parameters).num_ctx or DEFAULT_CONTEXT
+        longest = open_checkpoint(found.path).config.max_position_embeddings
+        return min(max(wanted or 0, usual), longest)
 
     def _estimate(self, found: ResolvedModel, context: int | None) -> MemoryEstimate:
         return estimate_memory(self.ops, found, context or DEFAULT_CONTEXT, self.settings.kv_type, CACHED_CONTEXTS)
@@ -269,13 +279,6 @@ def _serves(model: ServedModel, manifest: Manifest, context_length: int | None) 
     longest = model.llm.config.max_position_embeddings
     long_enough = context_length is None or model.llm.context_length >= min(context_length, longest)
     return model.manifest == manifest and not model.stopping and long_enough
-
-
-def _bounded(context_length: int | None, found: ResolvedModel) -> int | None:
-    """No more than the model was made for."""
-    if context_length is None:
-        return None
-    return min(context_length, open_checkpoint(found.path).config.max_position_embeddings)
 
 
 def _gigabytes(size: int) -> str:
