@@ -44,9 +44,9 @@ class Scheduler:
     A step computes at most ``max_batch_tokens`` tokens of at most ``max_sequences`` sequences. Those that are one token
     behind come first. Prompts share what is left, those that no step can hold what PrefillBudget allows: the next
     tokens are those of the tenant that got least (FairQueue), first come, first served within a tenant. A sequence is
-    admitted when there are blocks for all of its tokens. When blocks run out, the sequence that was admitted last waits again and is
-    computed again later, before any new one is admitted. The one that was admitted first is never put back, so there
-    is always progress.
+    admitted when there are blocks for all of its tokens. When blocks run out, the sequence that was admitted last waits
+    again and is computed again later, before any new one is admitted. The one that was admitted first is never put
+    back, so there is always progress.
     """
 
     def __init__(
