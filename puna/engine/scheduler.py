@@ -210,7 +210,7 @@ class Scheduler:
         None when another one is about to compute what it can then take over.
         """
         pool = self.pool
-        reusable, salt = sequence.reusable, sequence.request.cache_salt
+        reusable, salt = sequence.reusable, sequence.cache_salt
         cached = pool.match(reusable, salt)
         missing = pool.blocks_for(len(sequence.tokens)) - len(cached)
         end = (len(cached) + 1) * pool.block_size
@@ -234,7 +234,7 @@ class Scheduler:
         """Whether a sequence that runs begins with these full blocks and has not computed the last of them yet."""
         end = len(prefix)
         return any(
-            other.num_computed < end and other.request.cache_salt == salt and other.tokens[:end] == prefix
+            other.num_computed < end and other.cache_salt == salt and other.tokens[:end] == prefix
             for other in self.running
         )
 
@@ -261,7 +261,7 @@ class Scheduler:
                 sequence.blocks[i],
                 sequence.blocks[i - 1] if i else None,
                 sequence.tokens[i * size : (i + 1) * size],
-                sequence.request.cache_salt,
+                sequence.cache_salt,
             )
             sequence.num_registered += 1
 
@@ -277,7 +277,7 @@ class Scheduler:
             self.running.remove(sequence)
             if self.prefixes is not None:
                 full = sequence.blocks[: sequence.num_registered]
-                self.prefixes.save(sequence.tokens, sequence.request.cache_salt, full)
+                self.prefixes.save(sequence.tokens, sequence.cache_salt, full)
             self._free(sequence)
         else:
             self.waiting.take(sequence)
