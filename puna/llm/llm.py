@@ -141,7 +141,7 @@ class LLM:
         stored = parse_options(manifest.parameters if manifest else {})
         if context_length is None and stored.num_ctx is not None:
             context_length = min(stored.num_ctx, checkpoint.config.max_position_embeddings)
-        threads = threads or stored.num_thread
+        threads = stored.num_thread if threads is None else threads
         model_ops = make_ops(ops, threads) if ops is None or isinstance(ops, str) else ops
         speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed)
         return cls(
