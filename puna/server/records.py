@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ from puna.errors import CapacityError, NotFoundError, PunaError
 from puna.store.disk import sync_folder
 
 Record = dict[str, Any]
+_log = logging.getLogger(__name__)
 _ID = re.compile(r"[a-z]+[-_][0-9a-f]{32}")
 
 
@@ -102,11 +104,17 @@ class Records:
         return [record for owner, record in self.all() if owner == tenant]
 
     def all(self) -> list[tuple[str, Record]]:
-        """Every record with its tenant, the newest first."""
-        found = [self._read(path) for path in self.folder.glob("*.json")]
-        return sorted(
-            (entry for entry in found if entry is not None), key=lambda entry: str(entry[1]["id"]), reverse=True
-        )
+        """Every record with its tenant, the newest first. A damaged one is told of in the log and left out."""
+        found = []
+        for path in self.folder.glob("*.json"):
+            try:
+                entry = self._read(path)
+            except PunaError as error:
+                _log.error("%s", error)
+                continue
+            if entry is not None:
+                found.append(entry)
+        return sorted(found, key=lambda entry: str(entry[1]["id"]), reverse=True)
 
     def missing(self, record_id: str) -> NotFoundError:
         return NotFoundError(f"there is no {self._kind} {record_id!r}")

@@ -21,6 +21,7 @@ from running_server import RunningServer
 
 from puna.server.batch_journal import Journal
 from puna.server.openai import batch_runner
+from puna.server.records import new_id
 from puna.store import Store, import_file
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -254,6 +255,20 @@ def test_two_servers_run_a_batch_once(tiny_store: Store, monkeypatch: pytest.Mon
         batch = wait(clients[1], made.id)
         lines = results(clients[1], batch.output_file_id)
         assert sorted(int(line["custom_id"]) for line in lines) == list(range(40))
+
+
+def test_what_was_never_begun_is_removed(tmp_path: Path) -> None:
+    store = batch_runner.BatchStore(tmp_path)
+    abandoned, fresh, kept = (store.folder(new_id("batch_")) for _ in range(3))
+    for folder in (abandoned, fresh, kept):
+        folder.mkdir(parents=True)
+    store.records.write("", {"id": kept.name})
+    for folder in (abandoned, kept):
+        os.utime(folder, (0, 0))
+    store.clean()
+    assert not abandoned.exists()
+    assert fresh.exists()
+    assert kept.exists()
 
 
 def test_a_torn_line_is_dropped(tmp_path: Path) -> None:

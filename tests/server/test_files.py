@@ -116,6 +116,15 @@ def test_expired_and_abandoned_files_go(tmp_path: Path) -> None:
     assert old["id"] not in {record["id"] for record in store.of("")}
 
 
+def test_a_damaged_record_hides_no_other(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    with store.create() as new:
+        record = new.keep("", "x", "batch")
+    for content in (b"", b"{", b"[]", b"{}"):
+        (store.records.folder / f"{new_id('file-')}.json").write_bytes(content)
+    assert store.of("") == [record]
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

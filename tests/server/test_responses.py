@@ -129,6 +129,14 @@ def test_a_conversation_goes_on(client: openai.OpenAI, shared_data: Path) -> Non
     assert newest.content[0].text == "And 3+3?"  # type: ignore[union-attr]
 
 
+def test_the_count_is_that_of_the_response(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "smollm2", "input": QUESTION, "tools": [WEATHER], "instructions": "Be brief."}
+    counted = client.responses.input_tokens.count(**ask).input_tokens
+    usage = client.responses.create(**ask, max_output_tokens=1).usage
+    assert usage is not None
+    assert counted == usage.input_tokens
+
+
 def test_deleting_and_not_storing(client: openai.OpenAI) -> None:
     kept = client.responses.create(**BASE, input=QUESTION)
     later = client.responses.create(**BASE, input=QUESTION, previous_response_id=kept.id)

@@ -19,7 +19,7 @@ from typing import Any
 
 from puna.errors import CapacityError, PunaError
 from puna.server.batch_journal import Journal
-from puna.server.file_store import FileStore
+from puna.server.file_store import ABANDONED, FileStore
 from puna.server.http_errors import error_content, status_of
 from puna.server.openai.batch_lines import ENDPOINTS, Line, check_lines, numbered_lines, read_line
 from puna.server.records import Record, Records, new_id, private_folder, state_errors, write_whole
@@ -83,6 +83,15 @@ class BatchStore:
         """Tenant and id of every batch that has not ended, the oldest first."""
         found = [(tenant, record["id"]) for tenant, record in self.records.all() if record["status"] not in _ENDED]
         return found[::-1]
+
+    def clean(self) -> None:
+        """Remove the folders of batches that were killed before they began."""
+        with state_errors(self.records.folder):
+            for path in self.records.folder.glob("batch_*"):
+                if path.suffix or path.with_suffix(".json").exists():
+                    continue
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def folder(self, batch_id: str) -> Path:
         return self.records.folder / batch_id

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
+from starlette.requests import ClientDisconnect
 
 from puna.server.auth import Tenant
 from puna.server.file_store import FileStore
 from puna.server.http_errors import FieldError
 from puna.server.records import page
-from puna.server.sending import json_response
+from puna.server.sending import CLIENT_CLOSED_REQUEST, json_response
 from puna.server.service import TheService
 from puna.server.uploads import Upload, receive
 
@@ -38,7 +39,10 @@ _BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"
 async def upload_file(request: Request, service: TheService, tenant: Tenant) -> Response:
     """Keep a file of requests, in JSON Lines, for a batch."""
     with FileStore(service.store.home).create() as new:
-        upload = await receive(request.headers.get("content-type", ""), request.stream(), new.stream, MAX_FILE)
+        try:
+            upload = await receive(request.headers.get("content-type", ""), request.stream(), new.stream, MAX_FILE)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         expires_at = _expiry(upload)
         if upload.filename is None:
             raise FieldError("the form has no file; send one in the field file", "file")

@@ -15,7 +15,7 @@ from puna.chat.messages import Message
 from puna.engine import Constraint
 from puna.errors import PunaError, RequestError
 from puna.llm import LLM
-from puna.server.asking import ChatAsk, chat_pieces
+from puna.server.asking import ChatAsk, chat_pieces, chat_prompt
 from puna.server.auth import Tenant
 from puna.server.http_errors import FieldError
 from puna.server.manager import ServedModel
@@ -48,6 +48,16 @@ async def create_response(body: ResponseBody, request: Request, service: TheServ
         lines = _lines(response_events(service, body, tenant, tenant))
         return await unless_disconnected(request, EventStream.start(lines, error_event))
     return await unless_disconnected(request, respond(service, body, tenant, tenant))
+
+
+@router.post("/v1/responses/input_tokens", response_model=None)
+async def count_input_tokens(body: ResponseBody, service: TheService, tenant: Tenant) -> Response:
+    """How many tokens the prompt of a response would have, exactly."""
+    before, items = await _conversation(service, body, tenant)
+    async with service.manager.use(body.model) as model:
+        ask = await asyncio.to_thread(response_ask, model, body, [*before, *items], tenant)
+        prompt = await asyncio.to_thread(chat_prompt, model, ask)
+    return json_response({"object": "response.input_tokens", "input_tokens": len(prompt.ids)})
 
 
 @router.get("/v1/responses/{response_id}", response_model=None)
@@ -111,12 +121,7 @@ async def response_events(
 
     Raises what is wrong with the request before the first event; afterwards, only if nothing ``streams``.
     """
-    check_response(body)
-    store = ResponseStore(service.store.home)
-    before = await asyncio.to_thread(store.history, tenant, body.previous_response_id)
-    items = plain_items(body.input or ())
-    if not (before or items):
-        raise FieldError("input is empty; send a text or items", "input")
+    before, items = await _conversation(service, body, tenant)
     async with service.manager.use(body.model) as model:
         ask = await asyncio.to_thread(response_ask, model, body, [*before, *items], share)
         _prompt, pieces = await asyncio.to_thread(chat_pieces, model, ask)
@@ -129,6 +134,7 @@ async def response_events(
                     for event in events.take(piece):
                         yield event
                 if body.store is not False:
+                    store = ResponseStore(service.store.home)
                     await asyncio.to_thread(store.keep, tenant, events.response, items)
             except PunaError as error:
                 if not streams:
@@ -136,6 +142,17 @@ async def response_events(
                 yield events.fail(error)
                 return
         yield events.end()
+
+
+async def _conversation(service: Service, body: ResponseBody, tenant: str) -> tuple[list[PlainItem], list[PlainItem]]:
+    """What was said before, and what is sent now. Raises FieldError, NotFoundError, before any model is loaded."""
+    check_response(body)
+    store = ResponseStore(service.store.home)
+    before = await asyncio.to_thread(store.history, tenant, body.previous_response_id)
+    items = plain_items(body.input or ())
+    if not (before or items):
+        raise FieldError("input is empty; send a text or items", "input")
+    return before, items
 
 
 def check_response(body: ResponseBody) -> None:
