@@ -26,14 +26,17 @@ from puna.server.pieces import Pieces, PlainReader
 from puna.server.reading import reader_of
 from puna.tokenizer import Tokenizer
 
+LONGEST_SHIFTED = 10  # contexts; without an end, a model that never stops would go on for ever
+
 
 @dataclass(frozen=True)
 class Ask:
     """What every kind of generation has. ``n`` answers are made of one prompt, with seeds that follow each other.
 
     ``context_length`` is a bound below the loaded model's. Of a prompt, only the ``last_tokens`` count, if given. One
-    that is too long is an error unless ``truncate`` says to drop its oldest part. ``tenant`` is whom the request is
-    for: its cached prefixes are its own.
+    that is too long is an error unless ``truncate`` says to drop its oldest part. With ``shift``, an answer that fills
+    the model's context goes on, without the older half of what follows the first ``num_keep`` tokens; ten contexts
+    are the end where nothing else is. ``tenant`` is whom the request is for: its cached prefixes are its own.
     """
 
     sampling: SamplingParams
@@ -42,6 +45,8 @@ class Ask:
     context_length: int | None = None
     truncate: bool = False
     last_tokens: int | None = None
+    shift: bool = False
+    num_keep: int = 0
     tenant: str = ""
 
 
@@ -176,13 +181,25 @@ def _request(model: ServedModel, ask: Ask, ids: Sequence[int], index: int) -> Re
     params = ask.sampling
     if params.seed is not None and index:
         params = replace(params, seed=params.seed + index)
-    room = _limit(model, ask) - len(ids)
     most = model.accounting.limits.answer_tokens(ask.tenant, params.max_tokens)
-    if ask.context_length is not None and (most is None or most > room):
-        most = room
+    if ask.shift:
+        most = LONGEST_SHIFTED * model.llm.context_length if most is None else most
+    elif ask.context_length is not None:
+        room = _limit(model, ask) - len(ids)
+        most = room if most is None else min(most, room)
     if most is not None and most != params.max_tokens:
         params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
-    return Request(ids, params, model.llm.eos_ids, ask.constraint, cache_salt=ask.tenant, tenant=ask.tenant)
+    return Request(
+        ids,
+        params,
+        model.llm.eos_ids,
+        ask.constraint,
+        cache_salt=ask.tenant,
+        tenant=ask.tenant,
+        adapter=model.adapter,
+        shift=ask.shift,
+        num_keep=ask.num_keep,
+    )
 
 
 def _limit(model: ServedModel, ask: Ask) -> int:
@@ -191,7 +208,9 @@ def _limit(model: ServedModel, ask: Ask) -> int:
 
 
 def _too_long(found: int, limit: int) -> ContextError:
+    # Clients know this kind of error by the words "is longer than the model's context length".
     return ContextError(
-        f"the prompt has {found} tokens, but the context of {limit} must hold it and at least one token of answer; "
-        "shorten it, ask for truncation, or serve the model with a larger context length"
+        f"the prompt of {found} tokens is longer than the model's context length allows: a context of {limit} must "
+        "hold it and at least one token of answer; shorten it, ask for truncation, or serve the model with a larger "
+        "context length"
     )
