@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from puna.server.records import Record, Records, new_id, private_file, private_folder, state_errors
+from puna.server.records import Record, Records, abandoned, new_id, private_file, private_folder, state_errors
 from puna.store.disk import sync_folder
-
-ABANDONED = 86400.0  # seconds after which a half-written file belongs to nobody any more
 
 
 class FileStore:
@@ -62,12 +60,10 @@ class FileStore:
         for tenant, record in self.records.all():
             if _expired(record):
                 self.delete(tenant, record["id"])
-        folder = self.records.folder
-        with state_errors(folder):
-            for path in [*folder.glob("*.data"), *folder.glob(".*.partial")]:
-                if path.suffix == ".data" and path.with_suffix(".json").exists():
-                    continue
-                if time.time() - path.stat().st_mtime > ABANDONED:
+        self.records.clean()
+        with state_errors(self.records.folder):
+            for path in self.records.folder.glob("*.data"):
+                if not path.with_suffix(".json").exists() and abandoned(path):
                     path.unlink(missing_ok=True)
 
     def _data(self, file_id: str) -> Path:

@@ -18,6 +18,7 @@ from puna.errors import CapacityError, NotFoundError, PunaError
 from puna.store.disk import sync_folder
 
 Record = dict[str, Any]
+ABANDONED = 86400.0  # seconds after which something half written belongs to nobody any more
 _log = logging.getLogger(__name__)
 _ID = re.compile(r"[a-z]+[-_][0-9a-f]{32}")
 
@@ -68,6 +69,11 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
         sync_folder(path.parent)
 
 
+def abandoned(path: Path) -> bool:
+    """Whether nobody has touched a file or folder for so long that its maker must be gone."""
+    return time.time() - path.stat().st_mtime > ABANDONED
+
+
 class Records:
     """The objects of one kind, a file each, by their ids. ``kind`` names them in errors.
 
@@ -115,6 +121,13 @@ class Records:
             if entry is not None:
                 found.append(entry)
         return sorted(found, key=lambda entry: str(entry[1]["id"]), reverse=True)
+
+    def clean(self) -> None:
+        """Remove what killed servers left half written."""
+        with state_errors(self.folder):
+            for path in self.folder.glob(".*.partial"):
+                if abandoned(path):
+                    path.unlink(missing_ok=True)
 
     def missing(self, record_id: str) -> NotFoundError:
         return NotFoundError(f"there is no {self._kind} {record_id!r}")

@@ -175,6 +175,21 @@ def test_a_cancelled_batch_keeps_what_is_done(tiny_store: Store) -> None:
         assert not (tiny_store.home / "server" / "batches" / made.id).exists()
 
 
+def test_batches_make_way_for_a_model_that_has_no_room(tiny_store: Store) -> None:
+    tiny_store.copy("stories", "other")
+    with (
+        RunningServer(tiny_store, max_loaded=1) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="-") as client,
+    ):
+        made = start(client, [completion(f"{i}", f"{i}", 100, ignore_eos=True) for i in range(300)])
+        while not (client.batches.retrieve(made.id).request_counts or made).completed:  # type: ignore[union-attr]
+            pass
+        client.completions.create(model="other", prompt="Once", max_tokens=2)
+        assert client.batches.retrieve(made.id).status == "in_progress"
+        client.batches.cancel(made.id)
+        assert wait(client, made.id).status == "cancelled"
+
+
 def test_what_is_late_expires(tiny_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     from puna.server.openai import batches
 

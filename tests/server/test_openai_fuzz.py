@@ -26,6 +26,8 @@ PATHS = (
     "/v1/batches",
     "/v1/messages",
     "/v1/messages/count_tokens",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
 )
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 

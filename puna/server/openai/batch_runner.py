@@ -19,10 +19,10 @@ from typing import Any
 
 from puna.errors import CapacityError, PunaError
 from puna.server.batch_journal import Journal
-from puna.server.file_store import ABANDONED, FileStore
+from puna.server.file_store import FileStore
 from puna.server.http_errors import error_content, status_of
 from puna.server.openai.batch_lines import ENDPOINTS, Line, check_lines, numbered_lines, read_line
-from puna.server.records import Record, Records, new_id, private_folder, state_errors, write_whole
+from puna.server.records import Record, Records, abandoned, new_id, private_folder, state_errors, write_whole
 from puna.server.sending import to_json
 from puna.server.service import Service
 from puna.store.lock import file_lock
@@ -86,11 +86,10 @@ class BatchStore:
 
     def clean(self) -> None:
         """Remove the folders of batches that were killed before they began."""
+        self.records.clean()
         with state_errors(self.records.folder):
             for path in self.records.folder.glob("batch_*"):
-                if path.suffix or path.with_suffix(".json").exists():
-                    continue
-                if time.time() - path.stat().st_mtime > ABANDONED:
+                if path.is_dir() and not path.with_suffix(".json").exists() and abandoned(path):
                     shutil.rmtree(path, ignore_errors=True)
 
     def folder(self, batch_id: str) -> Path:
@@ -195,6 +194,8 @@ class _Run:
                 line = read_line(raw, self._record["endpoint"])
                 if line.custom_id in journal.done:
                     continue
+                await self._wait_for_rates()
+                await self._service.manager.make_way()
                 async with self._places:
                     if self._reason_to_stop() is not None:
                         return
@@ -215,6 +216,15 @@ class _Run:
         if self._store.cancelled(self._record["id"]) is not None:
             return "cancelled"
         return "expired" if time.time() >= self._record["expires_at"] else None
+
+    async def _wait_for_rates(self) -> None:
+        """Until the tenant's key may make a request."""
+        while self._reason_to_stop() is None:
+            too_fast = self._service.accounting.limits.check_rates(self._tenant)
+            if too_fast is None:
+                return
+            _message, seconds = too_fast
+            await asyncio.sleep(min(seconds, RESCAN))
 
     async def _answer(self, line: Line) -> tuple[bytes, bool]:
         """The line of the output, and whether it goes to the errors."""

@@ -54,8 +54,9 @@ class ResponseStore:
 
     def clean(self) -> None:
         """Remove what was kept for long enough."""
+        self.records.clean()
         folder = self.records.folder
         with state_errors(folder):
-            for path in folder.glob("*"):
+            for path in folder.glob("*.json"):
                 if time.time() - path.stat().st_mtime > KEPT:
                     path.unlink(missing_ok=True)
