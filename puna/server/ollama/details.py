@@ -13,7 +13,6 @@ from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.config import ModelConfig
 from puna.errors import StoreError, TemplateError, TokenizerError
 from puna.gguf_file import read_gguf
-from puna.llm import LLM
 from puna.llm.create import modelfile_of
 from puna.model.shapes import parameter_count
 from puna.store import Manifest, Store, resolve_stored
@@ -25,12 +24,9 @@ _SUFFIX_MARK = ".Suffix"
 _LONG = 100
 
 
-def thinks(llm: LLM) -> bool:
-    """Whether the model's template has a place for reasoning."""
-    try:
-        return "thinking" in _abilities(llm.template.source)
-    except TemplateError:
-        return False
+def thinks(template: str) -> bool:
+    """Whether a template has a place for reasoning."""
+    return "thinking" in _abilities(template)
 
 
 def details_of(manifest: Manifest, store: Store) -> dict[str, Any]:
