@@ -380,6 +380,22 @@ def test_any_content_type_is_json(http: httpx.Client) -> None:
     assert broken.json()["error"].startswith("the body is not JSON")
 
 
+def test_what_the_ollama_command_sends(http: httpx.Client) -> None:
+    """It is written in Go, whose JSON has fields that were never set: empty texts, null."""
+    empty = {"system": "", "template": "", "options": None}
+    assert post(http, "/api/show", model="smollm2", name="", **empty)["details"]["family"] == "llama"
+    assert post(http, "/api/generate", model="smollm2", prompt="", suffix="", **empty)["done_reason"] == "load"
+    body = {**empty, "options": {"num_predict": 1}, "context": None, "format": None, "suffix": ""}
+    assert lines(http, "/api/generate", model="smollm2", prompt="Hi", **body)[-1]["done"]
+    message = {"role": "User", "content": "Hi"}
+    assert lines(http, "/api/chat", model="smollm2", messages=[message], format=None, options={"num_predict": 1})
+    assert http.post("/api/copy", json={"source": "stories", "destination": "gone"}).status_code == 200
+    assert http.request("DELETE", "/api/delete", json={"model": "gone", "name": ""}).status_code == 200
+    pull = {"model": "missing", "username": "", "password": "", "name": "", "stream": False}
+    assert "no model named" in post(http, "/api/pull", 404, **pull)["error"]
+    assert "username" in post(http, "/api/pull", 400, **{**pull, "username": "me"})["error"]
+
+
 def test_seeds_repeat(http: httpx.Client) -> None:
     body = {"model": "stories", "prompt": "Once", "stream": False}
     options = {"seed": 3, "temperature": 1.5, "num_predict": 12}
