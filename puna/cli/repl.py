@@ -49,6 +49,7 @@ class Repl:
         *,
         system: str | None = None,
         answer_format: str | None = None,
+        adapter: str | None = None,
         sampling: dict[str, Any] | None = None,
         verbose: bool = False,
         read: Callable[[str], str] | None = None,
@@ -58,6 +59,7 @@ class Repl:
         self.model = model
         self.system = system
         self.answer_format = answer_format
+        self.adapter = adapter
         self.sampling = dict(sampling or {})
         self.verbose = verbose
         self.messages: list[dict[str, Any]] = []
@@ -98,7 +100,8 @@ class Repl:
     def _answer(self, text: str) -> None:
         turn = [*self.messages, {"role": "user", "content": text}]
         head = [{"role": "system", "content": self.system}] if self.system is not None else []
-        options = self.sampling | {"constraint": format_constraint(self.llm, self.answer_format)}
+        constraint = format_constraint(self.llm, self.answer_format)
+        options = self.sampling | {"constraint": constraint, "adapter": self.adapter}
         if self.llm.has_template:
             chunks = self.llm.chat(head + turn, stream=True, **options)
         else:
@@ -218,6 +221,7 @@ class Repl:
 
         self.llm = LLM.load(name)
         self.model = name
+        self.adapter = None  # it was the other model's
 
 
 def terminal_reader() -> Callable[[str], str]:

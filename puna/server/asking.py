@@ -196,6 +196,7 @@ def _request(model: ServedModel, ask: Ask, ids: Sequence[int], index: int) -> Re
         ask.constraint,
         cache_salt=ask.tenant,
         tenant=ask.tenant,
+        adapter=model.adapter,
         shift=ask.shift,
         num_keep=ask.num_keep,
     )
@@ -207,7 +208,9 @@ def _limit(model: ServedModel, ask: Ask) -> int:
 
 
 def _too_long(found: int, limit: int) -> ContextError:
+    # Clients know this kind of error by the words "is longer than the model's context length".
     return ContextError(
-        f"the prompt has {found} tokens, but the context of {limit} must hold it and at least one token of answer; "
-        "shorten it, ask for truncation, or serve the model with a larger context length"
+        f"the prompt of {found} tokens is longer than the model's context length allows: a context of {limit} must "
+        "hold it and at least one token of answer; shorten it, ask for truncation, or serve the model with a larger "
+        "context length"
     )

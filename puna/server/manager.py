@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 
 import psutil
 
 from puna.checkpoint import open_checkpoint
+from puna.checkpoint.lora import read_adapter
 from puna.errors import CapacityError
 from puna.llm import LLM
 from puna.llm.llm import CACHED_CONTEXTS, DEFAULT_CONTEXT
@@ -21,6 +22,7 @@ from puna.llm.ollama_options import parse_options
 from puna.ops.protocol import Ops
 from puna.ops.registry import make_ops
 from puna.server.accounting import Accounting
+from puna.server.adapters import Adapters, ServedAdapter
 from puna.server.engine_thread import EngineThread
 from puna.server.settings import ServerSettings
 from puna.store import Manifest, ResolvedModel, Store, resolve_stored
@@ -30,7 +32,10 @@ FREE_SHARE = 0.9  # of the memory that is free at the start; the rest is the sys
 
 @dataclass(eq=False)
 class ServedModel:
-    """A loaded model. ``leases`` counts the requests that use it; ``expires`` is on the clock of ``time.monotonic``."""
+    """A loaded model. ``leases`` counts the requests that use it; ``expires`` is on the clock of ``time.monotonic``.
+
+    Who asked for an ``adapter`` has a copy of its own, with the adapter's name in the engine.
+    """
 
     name: str
     manifest: Manifest
@@ -43,6 +48,7 @@ class ServedModel:
     last_used: float = field(default_factory=time.monotonic)
     expires: float = math.inf
     stopping: bool = False
+    adapter: str | None = None
 
     @property
     def expires_at(self) -> datetime:
@@ -69,7 +75,9 @@ class Manager:
         self._engine_thread = engine_thread
         self._accounting = accounting or Accounting()
         self._models: dict[str, ServedModel] = {}
+        self.adapters = Adapters(store, settings.adapter_dir)
         self._loading = asyncio.Lock()
+        self._adapting = asyncio.Lock()
         self._released = asyncio.Event()
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[bool]] = set()
@@ -85,12 +93,13 @@ class Manager:
     ) -> AsyncIterator[ServedModel]:
         """A model for as long as the block lasts, loaded if need be, and for ``keep_alive`` seconds after it.
 
-        ``context_length`` is what it must hold at least. Raises StoreError for an unknown name, CapacityError when it
-        cannot be in memory, and what loading raises.
+        ``name`` is a stored model's, or ``base:adapter``. ``context_length`` is what it must hold at least. Raises
+        StoreError for an unknown name, CapacityError when it cannot be in memory, and what loading raises.
         """
-        model = await self._acquire(name, context_length)
+        manifest, adapter = await asyncio.to_thread(self.adapters.resolve, name)
+        model = await self._acquire(manifest, context_length)
         try:
-            yield model
+            yield model if adapter is None else await self._with_adapter(model, adapter)
         finally:
             self._release(model, self.settings.keep_alive if keep_alive is None else keep_alive)
 
@@ -104,6 +113,25 @@ class Manager:
         await asyncio.gather(*self._unloading)
         return True
 
+    async def add_adapter(self, adapter: ServedAdapter) -> None:
+        """Load an adapter, and its model if need be. Raises CheckpointError when it is none of this model, and what
+        ``use`` raises."""
+        self.adapters.add(adapter)
+        try:
+            async with self.use(adapter.model):
+                pass
+        except BaseException:
+            self.adapters.remove(adapter)
+            raise
+
+    async def remove_adapter(self, adapter: ServedAdapter) -> None:
+        """Forget an adapter. Raises RequestError while an answer uses it."""
+        model = self._models.get(adapter.base)
+        if model is not None and adapter.name in model.llm.adapters:
+            engine = model.llm.engine
+            await self._engine_thread.call(lambda: engine.unload_adapter(adapter.name))
+        self.adapters.remove(adapter)
+
     async def close(self) -> None:
         """Unload everything, in use or not."""
         if self._alarm is not None:
@@ -112,8 +140,7 @@ class Manager:
         for model in list(self._models.values()):
             await self._unload(model)
 
-    async def _acquire(self, name: str, context_length: int | None) -> ServedModel:
-        manifest = await asyncio.to_thread(self.store.find, name)
+    async def _acquire(self, manifest: Manifest, context_length: int | None) -> ServedModel:
         context_length = context_length or parse_options(manifest.parameters).num_ctx
         while True:
             model = self._models.get(_key(manifest))
@@ -128,6 +155,15 @@ class Manager:
             task.add_done_callback(self._tasks.discard)
             if not await asyncio.shield(task):
                 await released.wait()
+
+    async def _with_adapter(self, model: ServedModel, adapter: ServedAdapter) -> ServedModel:
+        """The model as it is asked for with an adapter, which is loaded if need be."""
+        llm = model.llm
+        async with self._adapting:
+            if adapter.name not in llm.adapters:
+                found = await asyncio.to_thread(read_adapter, adapter.path, llm.config)
+                await self._engine_thread.call(lambda: llm.engine.load_adapter(adapter.name, found))
+        return replace(model, adapter=adapter.name)
 
     async def _load(self, manifest: Manifest, context_length: int | None) -> bool:
         """Load in place of idle models; False when those in use must end first."""
