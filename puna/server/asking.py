@@ -7,11 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from puna.chat.go_template import chat_template
-<<<<<<< HEAD
-from puna.chat.messages import Message, parse_messages
-=======
 from puna.chat.messages import Message
->>>>>>> modelfile
 from puna.chat.prompt import Prompt, render_prompt
 from puna.engine import Constraint, Request, SamplingParams
 from puna.errors import RequestError
@@ -39,11 +35,7 @@ class Ask:
 class ChatAsk(Ask):
     """A conversation to answer. ``tool_choice``: ``auto``, ``none``, ``required``, or the name of a tool.
 
-<<<<<<< HEAD
-    ``template`` replaces the model's; ``template_variables`` are handed to it. With
-=======
     ``template`` (Jinja, or Go's language) replaces the model's; ``template_variables`` are handed to it. With
->>>>>>> modelfile
     ``continue_final_message`` the model goes on with the last message instead of beginning one.
     """
 
@@ -61,12 +53,7 @@ class ChatAsk(Ask):
 def chat_prompt(model: ServedModel, ask: ChatAsk) -> Prompt:
     """The exact prompt of a conversation. Raises RequestError, TemplateError; an overlong one is cut or refused."""
     llm = model.llm
-<<<<<<< HEAD
-    if llm.system is not None and not any(message.role == "system" for message in messages):
-        messages.insert(0, Message("system", llm.system))
-=======
     messages = llm.conversation(ask.messages)
->>>>>>> modelfile
     template = llm.template if ask.template is None else chat_template(ask.template, llm.tokenizer)
     limit = _limit(model, ask)
     while True:
