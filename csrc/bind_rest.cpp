@@ -38,6 +38,20 @@ void decode_rows(Native& native, int type, const Array<const uint8_t, 2>& source
   if (columns > 0) native.kernels->decode_rows(native.pool, type, columns, from, which, count, to);
 }
 
+// x float32[rows, columns], importance float32[columns] or None -> out uint8[rows, row bytes]; whether every number could be held
+bool encode_rows(Native& native, int type, const ConstFloats& x, const std::optional<FloatVector>& importance,
+                 const Array<uint8_t, 2>& out) {
+  const BlockShape shape = block_shape(type);
+  const int64_t rows = int64_t(x.shape(0)), columns = int64_t(x.shape(1));
+  check(shape.numbers > 1 && columns % shape.numbers == 0, "encode_rows: no whole number of blocks in a row");
+  check(has_shape(out, size_t(rows), size_t(columns / shape.numbers * shape.bytes)), "encode_rows: the output has another shape");
+  check(!importance || int64_t(importance->shape(0)) == columns, "encode_rows: importance is for each column");
+  const float *from = x.data(), *weights = importance ? importance->data() : nullptr;
+  uint8_t* to = out.data();
+  nb::gil_scoped_release release;
+  return rows == 0 || columns == 0 || native.kernels->encode_rows(native.pool, type, rows, columns, from, weights, to);
+}
+
 // x [T, n], weight [n] -> out [T, n], which may be x
 void rms_norm(Native& native, const ConstFloats& x, const FloatVector& weight, float eps, const Floats& out) {
   const size_t tokens = x.shape(0), columns = x.shape(1);
@@ -246,6 +260,7 @@ void bind_rest(nb::module_& m, nb::class_<Native>& native) {
 
   native
       .def("decode_rows", &decode_rows, nb::arg("type"), nb::arg("source"), nb::arg("index").none(), nb::arg("out").noconvert())
+      .def("encode_rows", &encode_rows, nb::arg("type"), nb::arg("x"), nb::arg("importance").none(), nb::arg("out").noconvert())
       .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out").noconvert())
       .def("rope", &rope, nb::arg("x").noconvert(), nb::arg("cosines"), nb::arg("sines"))
       .def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out").noconvert())

@@ -72,6 +72,9 @@ struct Kernels {
   // decode.cpp: encoded rows -> float32 (embedding lookup, fallbacks)
   void (*decode_rows)(ThreadPool& pool, int type, int64_t columns, const uint8_t* source, const int32_t* index, int64_t count,
                       float* out);
+  // encode.cpp: float32 rows -> blocks; false where a number can't be held
+  bool (*encode_rows)(ThreadPool& pool, int type, int64_t rows, int64_t columns, const float* x, const float* importance,
+                      uint8_t* out);
   // elementwise.cpp
   void (*rms_norm)(ThreadPool& pool, const float* x, const float* weight, float eps, int64_t tokens, int64_t columns, float* out);
   void (*rope)(ThreadPool& pool, float* x, const float* cosines, const float* sines, int64_t tokens, int heads, int head_dim);
@@ -88,7 +91,7 @@ struct Kernels {
 
 // Every kernel of the table, in its order.
 #define PUNA_KERNEL_NAMES(X) \
-  X(pack) X(linears) X(decode_rows) X(rms_norm) X(rope) X(swiglu) X(attend) X(sample) \
+  X(pack) X(linears) X(decode_rows) X(encode_rows) X(rms_norm) X(rope) X(swiglu) X(attend) X(sample) \
   X(read_memory) X(multiply_int8) X(multiply_float32)
 
 // The names of all tables, best first. dispatch.cpp says which of them a machine can run.

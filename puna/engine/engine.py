@@ -144,8 +144,8 @@ class Engine:
         if self._speculator is not None:
             works, rows = self._speculator.extend(works, rows)
         scoring = [row for work in works if work.num_scored for row in work.sequence.prompt_rows(work.num_scored)]
-        pooled = [work for work in works if work.sequence.request.pooling is not None]
-        others = [work for work in works if work.sequence.request.pooling is None] if pooled else works
+        pooled = [work for work in works if work.sequence.pooling is not None]
+        others = [work for work in works if work.sequence.pooling is None] if pooled else works
         started = time.perf_counter()
         sampled = self._runner.run(others, [*rows, *scoring]) if others else []
         hidden = self._runner.hidden(pooled) if pooled else []
@@ -153,11 +153,10 @@ class Engine:
         self.scheduler.observe(works, seconds)
         if self._speculator is not None:
             self._speculator.observe(works, seconds)
-        shifts = [work.sequence.timings.shifts for work in works]
         events = self.scheduler.update(works, sampled, hidden)
         if self._speculator is not None:
-            for work, before in zip(works, shifts, strict=True):
-                if work.sequence.timings.shifts > before:  # what was known of its tokens is no longer true
+            for work in works:
+                if not work.sequence.num_computed:  # it has shifted, if it has not ended: its tokens are others now
                     self._speculator.release(work.sequence.id)
         return events
 

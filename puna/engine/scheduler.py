@@ -97,7 +97,7 @@ class Scheduler:
             if work.num_scored:
                 sequence.add_prompt_logprobs(sampled[scored : scored + work.num_scored])
                 scored += work.num_scored
-            if sequence.request.pooling is not None:
+            if sequence.pooling is not None:
                 sequence.add_hidden(next(states))
             samples = work.samples
             sequence.num_computed += work.num_tokens

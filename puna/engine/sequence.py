@@ -27,6 +27,9 @@ class Sequence:
     That number is all there is to prefill (many behind), decoding (one behind), a cached prefix and preemption.
     ``tokens`` (prompt, then answer) and ``blocks`` are arrays of C ints, which the runner copies at memory speed.
     The first ``num_registered`` blocks are full and known to the block pool.
+
+    ``wants_token``: whether there is anything to sample when it has caught up. ``scores_prompt``: whether log
+    probabilities of the prompt are still to be computed.
     """
 
     def __init__(self, request_id: int, request: Request, context_length: int, vocab_size: int) -> None:
@@ -43,6 +46,12 @@ class Sequence:
         self._sampler = Sampler(request, vocab_size)
         self._constraint = request.constraint.start() if request.constraint else None
         self._stop_ids = frozenset(request.eos_ids) | frozenset(request.params.stop_token_ids)
+        self.pooling = request.pooling
+        self.wants_token = request.pooling is None and request.params.max_tokens != 0
+        self._scored = request.params.prompt_logprobs is not None
+        self.scores_prompt = self._scored and self.num_prompt > 1
+        self._shifts = request.shift
+        self._max_tokens = request.params.max_tokens
         self._context_length = context_length
         self._num_forgotten = 0
         self._prompt_logprobs = [PromptLogprob(self.tokens[0])]
@@ -61,22 +70,12 @@ class Sequence:
         return len(self.tokens) + self._num_forgotten - self.num_prompt
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether log probabilities of the prompt are still to be computed."""
-        return self.request.params.prompt_logprobs is not None and len(self._prompt_logprobs) < self.num_prompt
-
-    @property
-    def wants_token(self) -> bool:
-        """Whether there is anything to sample when the sequence has caught up."""
-        return self.request.pooling is None and self.request.params.max_tokens != 0
-
-    @property
     def reusable(self) -> array[int]:
         """The first of its tokens, which need not be computed where their keys and values are cached.
 
         Never the last one, whose logits are needed.
         """
-        return self.tokens[:0] if self.scores_prompt or self.request.pooling == "mean" else self.tokens[:-1]
+        return self.tokens[:0] if self.scores_prompt or self.pooling == "mean" else self.tokens[:-1]
 
     def sampling_row(self) -> SamplingRow:
         """How to choose the next token. Raises RequestError when the constraint fails."""
@@ -92,13 +91,13 @@ class Sequence:
     def longest_draft(self) -> int:
         """How many tokens may be drafted so that one more still has a place."""
         left = self._context_length - len(self.tokens)
-        limit = self.request.params.max_tokens
+        limit = self._max_tokens
         return (left if limit is None else min(left, limit - self.num_generated)) - 1
 
     @property
     def must_shift(self) -> bool:
         """Whether the context is full and older tokens make room."""
-        return self.request.shift and len(self.tokens) >= self._context_length
+        return self._shifts and len(self.tokens) >= self._context_length
 
     def fork_constraint(self) -> ConstraintState | None:
         """The constraint's state, to look ahead from."""
@@ -130,6 +129,7 @@ class Sequence:
         for entry in sampled:
             token = self.tokens[len(self._prompt_logprobs)]
             self._prompt_logprobs.append(PromptLogprob(token, entry.logprob, entry.top))
+        self.scores_prompt = len(self._prompt_logprobs) < self.num_prompt
 
     def add_hidden(self, states: NDArray[np.float32]) -> None:
         """Take the final hidden states [T, D] of the next tokens."""
@@ -158,10 +158,10 @@ class Sequence:
     def complete(self) -> Event:
         """The only event of a sequence that has caught up and wants no token."""
         embedding = None
-        if self.request.pooling is not None:
+        if self.pooling is not None:
             assert self._hidden_sum is not None
             mean = (self._hidden_sum / self.num_prompt).astype(np.float32)
-            embedding = mean if self.request.pooling == "mean" else self._hidden_last
+            embedding = mean if self.pooling == "mean" else self._hidden_last
         self._mark_computed()
         scores = self._take_prompt_logprobs()
         return Event(
@@ -182,8 +182,8 @@ class Sequence:
             return Event(self.id, None, sampled.logprob, sampled.top, "stop", stop_id=token, prompt_logprobs=scores)
         self.tokens.append(token)
         reason: FinishReason | None = None
-        full = len(self.tokens) >= self._context_length and not self.request.shift
-        if full or self.num_generated == self.request.params.max_tokens:
+        full = len(self.tokens) >= self._context_length and not self._shifts
+        if full or self.num_generated == self._max_tokens:
             reason = "length"
         if self._constraint:
             try:
@@ -200,8 +200,7 @@ class Sequence:
 
     def _take_prompt_logprobs(self) -> list[PromptLogprob] | None:
         """For the first event."""
-        first = self.request.params.prompt_logprobs is not None and self.num_generated == 0
-        return self._prompt_logprobs if first else None
+        return self._prompt_logprobs if self._scored and self.num_generated == 0 else None
 
     def _mark_token(self) -> None:
         self.timings.generated_tokens += 1

@@ -245,7 +245,7 @@ class LLM:
         >>> "".join(chunk.text for chunk in llm.generate("1, 2, 3,", temperature=0, max_tokens=2, stream=True))
         ' 4'
         """
-        encoded = [self._encode(text, parse_special) for text in _texts(prompts)]
+        encoded = [self.encode(text, parse_special=parse_special) for text in _texts(prompts)]
         requests = [self._request(ids, self.sampling(params, **sampling), constraint) for ids in encoded]
         chunks = stream_chunks(self.engine, requests, self.tokenizer)
         if stream:
@@ -309,6 +309,19 @@ class LLM:
         head = 1 if parsed[0].role == "system" else 0
         return [*parsed[:head], *self.history, *parsed[head:]]
 
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The ids of a raw prompt: after one BOS, if the model wants it.
+
+        ``parse_special`` reads control tokens that the text spells as such.
+
+        >>> llm.encode("Hello world")
+        [19556, 905]
+        """
+        ids = self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos, parse_special=parse_special)
+        if ids[:2] == [self.tokenizer.bos_id] * 2:  # the text spells the one that would be put before it
+            del ids[0]
+        return ids
+
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32[T, V]: row t holds the scores of the token after ``ids[t]``.
 
@@ -344,12 +357,6 @@ class LLM:
         prompt_ids = self.tokenizer.encode(stripped, add_bos=self.tokenizer.add_bos)
         whole = self.tokenizer.encode(stripped + continuation, add_bos=self.tokenizer.add_bos)
         return scoring.score(self.model, prompt_ids, whole[len(prompt_ids) :], self.kv_type)
-
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
-        ids = self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos, parse_special=parse_special)
-        if ids[:2] == [self.tokenizer.bos_id] * 2:  # the text spells the one that would be put before it
-            del ids[0]
-        return ids
 
     def _request(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None) -> Request:
         if constraint is not None and not hasattr(constraint, "start"):

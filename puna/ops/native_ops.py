@@ -86,6 +86,19 @@ class NativeOps:
             return np.ascontiguousarray(weight.dequantize())
         return NativeWeight(weight.name, (weight.shape[0], weight.shape[1]), weight)
 
+    def encode(
+        self, kind: QuantType, values: NDArray[np.float32], importance: NDArray[np.float32] | None = None
+    ) -> NDArray[np.uint8]:
+        """float32[rows, columns] -> uint8[rows, row bytes], the same bytes as ``kind.encode``, many times faster.
+
+        Raises CheckpointError as that does.
+        """
+        encoded = np.empty((values.shape[0], kind.row_bytes(values.shape[1])), np.uint8)
+        known = kind.block_size > 1 and kind.can_encode
+        if not known or not self._native.encode_rows(kind.gguf_id, values, importance, encoded):
+            return kind.encode(values, importance)  # which says what is wrong
+        return encoded
+
     def pack(self, weight: Weight, destination: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """The panels of a matrix, in zeros at a multiple of 64 bytes that are given or made."""
         kind, (rows, columns) = weight.type.gguf_id, weight.shape

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 import puna
 from puna.ops.protocol import Ops
-from puna.server import health
+from puna.server import health, openai
 from puna.server.accounting import Accounting
 from puna.server.auth import Auth
 from puna.server.cors import Origins, is_loopback
@@ -25,7 +25,7 @@ from puna.server.service import Service
 from puna.server.settings import ServerSettings
 from puna.store import Store
 
-ROUTERS = [health.router, ollama_router]
+ROUTERS = [health.router, ollama_router, openai.router]
 
 
 def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | None = None) -> FastAPI:
@@ -38,16 +38,14 @@ def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         thread = EngineThread()
         manager = Manager(models, settings, thread, ops, accounting)
-        service = app.state.service = Service(settings, models, thread, manager, accounting)
-        gauges = ModelGauges(manager.loaded)
-        accounting.metrics.registry.register(gauges)
+        app.state.service = Service(settings, models, thread, manager, accounting)
         try:
             yield
         finally:
-            accounting.metrics.registry.unregister(gauges)
-            await service.close()
+            await app.state.service.close()
 
     app = FastAPI(title="Puna", version=puna.__version__, lifespan=lifespan)
+    accounting.metrics.registry.register(ModelGauges(app))
     install_error_handlers(app)
     # Each wraps those before it: the log comes first, and sees what the others refuse.
     app.add_middleware(LimitRequests, limits=accounting.limits)

@@ -6,21 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from puna.chat.go_template import chat_template
+from puna.chat.go_template import GoTemplate, chat_template
 from puna.chat.messages import Message
 from puna.chat.prompt import Prompt, render_prompt
+from puna.chat.template import Template
 from puna.engine import Constraint, Request, SamplingParams
-from puna.errors import RequestError
+from puna.errors import ContextError
 from puna.server.manager import ServedModel
 from puna.server.pieces import AnswerReader, Pieces, PlainReader
+from puna.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Ask:
     """What every kind of generation has. ``n`` answers are made of one prompt, with seeds that follow each other.
 
-    ``context_length`` is a bound below the loaded model's. A prompt that is too long is an error unless ``truncate``
-    says to drop its oldest part. ``tenant`` is whom the request is for: its cached prefixes are its own.
+    ``context_length`` is a bound below the loaded model's. Of a prompt, only the ``last_tokens`` count, if given. One
+    that is too long is an error unless ``truncate`` says to drop its oldest part. ``tenant`` is whom the request is
+    for: its cached prefixes are its own.
     """
 
     sampling: SamplingParams
@@ -28,6 +31,7 @@ class Ask:
     constraint: Constraint | None = None
     context_length: int | None = None
     truncate: bool = False
+    last_tokens: int | None = None
     tenant: str = ""
 
 
@@ -66,6 +70,8 @@ def chat_prompt(model: ServedModel, ask: ChatAsk) -> Prompt:
             continue_final_message=ask.continue_final_message,
             **ask.template_variables,
         )
+        if ask.last_tokens is not None:
+            prompt = replace(prompt, ids=prompt.ids[-ask.last_tokens :])
         if len(prompt.ids) < limit:
             return prompt
         oldest = next((i for i, message in enumerate(messages[:-1]) if message.role != "system"), None)
@@ -82,16 +88,37 @@ def chat_pieces(model: ServedModel, ask: ChatAsk) -> tuple[Prompt, Pieces]:
 
 def text_pieces(model: ServedModel, ids: Sequence[int], ask: Ask) -> Pieces:
     """The continuations of raw tokens. Raises RequestError."""
+    return texts_pieces(model, [ids], ask)
+
+
+def texts_pieces(model: ServedModel, prompts: Sequence[Sequence[int]], ask: Ask) -> Pieces:
+    """The continuations of several prompts: the first ``ask.n`` answers are the first's. Raises RequestError."""
     limit = _limit(model, ask)
-    if len(ids) >= limit:
-        if not ask.truncate:
-            raise _too_long(len(ids), limit)
-        ids = ids[len(ids) - limit + 1 :]
-    return _pieces(model, ask, ids, PlainReader)
+    requests: list[Request] = []
+    for ids in prompts:
+        if ask.last_tokens is not None:
+            ids = ids[-ask.last_tokens :]
+        if len(ids) >= limit:
+            if not ask.truncate:
+                raise _too_long(len(ids), limit)
+            ids = ids[len(ids) - limit + 1 :]
+        requests += _requests(model, ask, ids)
+    return Pieces(model, requests, PlainReader)
+
+
+def infill_prompt(template: Template, tokenizer: Tokenizer, prompt: str, suffix: str) -> list[int] | None:
+    """The tokens that ask for what stands between two texts; None where the template has no place for a suffix."""
+    if not (isinstance(template, GoTemplate) and template.takes_suffix):
+        return None
+    return render_prompt(template, tokenizer, [{"role": "user", "content": prompt}], suffix=suffix).ids
 
 
 def _pieces(model: ServedModel, ask: Ask, ids: Sequence[int], reader: Callable[[], AnswerReader]) -> Pieces:
-    return Pieces(model, [_request(model, ask, ids, i) for i in range(ask.n)], reader)
+    return Pieces(model, _requests(model, ask, ids), reader)
+
+
+def _requests(model: ServedModel, ask: Ask, ids: Sequence[int]) -> list[Request]:
+    return [_request(model, ask, ids, i) for i in range(ask.n)]
 
 
 def _request(model: ServedModel, ask: Ask, ids: Sequence[int], index: int) -> Request:
@@ -112,8 +139,8 @@ def _limit(model: ServedModel, ask: Ask) -> int:
     return loaded if ask.context_length is None else min(loaded, ask.context_length)
 
 
-def _too_long(found: int, limit: int) -> RequestError:
-    return RequestError(
+def _too_long(found: int, limit: int) -> ContextError:
+    return ContextError(
         f"the prompt has {found} tokens, but the context of {limit} must hold it and at least one token of answer; "
         "shorten it, ask for truncation, or serve the model with a larger context length"
     )

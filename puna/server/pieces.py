@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Literal, Protocol
 
 from puna.chat.text_stream import TextStream
-from puna.engine import Event, Request, Timings
+from puna.engine import Event, PromptLogprob, Request, Timings
 from puna.errors import RequestError
 from puna.llm import TokenLogprob
 from puna.server.accounting import AnswerAccount
@@ -86,12 +86,14 @@ class Usage:
 class Piece:
     """What has become known of the answer at place ``index``, since its last piece.
 
+    The first piece of each answer has the ``prompt_logprobs`` that were asked for.
     The last piece of each answer has ``finish_reason`` and ``usage``; ``stop`` is the stop string or id that ended it.
     """
 
     index: int
     deltas: list[Delta] = field(default_factory=list)
     tokens: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: Sequence[PromptLogprob] | None = None
     finish_reason: EndReason | None = None
     stop: str | int | None = None
     usage: Usage | None = None
@@ -182,6 +184,7 @@ class _AnswerText:
         if event.finish_reason == "error":
             raise RequestError(event.error or "the request failed")
         deltas: list[Delta] = []
+        piece.prompt_logprobs = event.prompt_logprobs or piece.prompt_logprobs
         if event.token is not None or event.stop_id is not None:
             self.count += 1
         if event.token is not None:

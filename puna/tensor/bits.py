@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from puna.errors import CheckpointError
 
+_BEYOND = np.float32(1e8)  # 65504 times the largest scale and code of any type
+
 
 def unpack(packed: NDArray[np.uint8], width: int, run: int) -> NDArray[np.uint8]:
     """Fields of ``width`` bits: uint8[blocks, bytes] -> uint8[blocks, bytes * 8 / width].
@@ -38,7 +40,31 @@ def to_halves(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     with np.errstate(over="ignore"):
         stored = values.astype("<f2")
     if not np.isfinite(stored).all():
-        raise CheckpointError(
-            "a weight is infinite, not a number, or too large for the float16 scale of a quantized block"
-        )
+        raise _unstorable()
     return stored.view(np.uint8)
+
+
+def check_storable(values: NDArray[np.float32]) -> None:
+    """Raise CheckpointError for what is beyond any scale that float16 holds, before sums of squares overflow."""
+    if not (np.abs(values) < _BEYOND).all():
+        raise _unstorable()
+
+
+def _unstorable() -> CheckpointError:
+    return CheckpointError(
+        "a weight is infinite, not a number, or too large for the float16 scale of a quantized block"
+    )
+
+
+def as_half(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What float16 makes of them. Raises CheckpointError for what it cannot hold."""
+    to_halves(values)
+    rounded: NDArray[np.float32] = values.astype(np.float16).astype(np.float32)
+    return rounded
+
+
+def reciprocals(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / value, and 0 for 0."""
+    inverse = np.zeros_like(values)
+    np.divide(np.float32(1), values, out=inverse, where=values != 0)
+    return inverse

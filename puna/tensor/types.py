@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from puna.errors import CheckpointError
 
-Codec = Callable[[NDArray[Any]], NDArray[Any]]
+Codec = Callable[..., NDArray[Any]]
 
 _NUMBERS_AT_ONCE = 1 << 17
 
@@ -24,6 +24,7 @@ class QuantType:
     ``block_size`` consecutive numbers of a row occupy ``block_bytes`` bytes. ``gguf_id`` is the type's number in
     GGUF files. ``module`` holds ``decode_<name>(uint8[blocks, block_bytes]) -> float32[blocks, block_size]`` and,
     where the type can be written, ``encode_<name>(float32[blocks, block_size]) -> uint8[blocks, block_bytes]``.
+    Encoders of fewer than 8 bits also take an importance of the numbers' shape.
     """
 
     name: str
@@ -56,17 +57,24 @@ class QuantType:
             numbers = self._apply(self._codec("decode"), blocks, np.float32, self.block_size)
         return numbers.reshape(*data.shape[:-1], columns)
 
-    def encode(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def encode(self, values: NDArray[np.float32], importance: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
         """float32[..., columns] -> uint8[..., row_bytes].
+
+        ``importance``, float32[columns] >= 0, says how much an error in each column counts; types of 8 bits and more
+        have no use for it.
 
         Raises CheckpointError where no encoder exists, when the columns are not whole blocks, and when a quantized type
         cannot hold a number (infinite, not a number, or too large).
         """
         row_bytes = self.row_bytes(values.shape[-1])
         blocks = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, self.block_size)
-        return self._apply(self._codec("encode"), blocks, np.uint8, self.block_bytes).reshape(
-            *values.shape[:-1], row_bytes
-        )
+        codec = self._codec("encode")
+        if importance is None or self.bits_per_weight > 8:
+            encoded = self._apply(codec, blocks, np.uint8, self.block_bytes)
+        else:
+            spread = np.broadcast_to(importance.astype(np.float32, copy=False), values.shape)
+            encoded = self._apply(codec, blocks, np.uint8, self.block_bytes, spread.reshape(-1, self.block_size))
+        return encoded.reshape(*values.shape[:-1], row_bytes)
 
     @property
     def can_encode(self) -> bool:
@@ -78,14 +86,16 @@ class QuantType:
             raise CheckpointError(f"{self.name} can be read but not written; choose another type")
         return codec
 
-    def _apply(self, codec: Codec, blocks: NDArray[Any], dtype: type, width: int) -> NDArray[Any]:
+    def _apply(self, codec: Codec, blocks: NDArray[Any], dtype: type, width: int, *more: NDArray[Any]) -> NDArray[Any]:
         """The codec over slices of the blocks, so that its temporaries stay in the processor's cache."""
         step = _NUMBERS_AT_ONCE // self.block_size
         if self.block_size == 1 or len(blocks) <= step:
-            return codec(blocks)
+            return codec(blocks, *more)
         out: NDArray[Any] = np.empty((len(blocks), width), dtype)
         for start in range(0, len(blocks), step):
-            out[start : start + step] = codec(blocks[start : start + step])
+            out[start : start + step] = codec(
+                blocks[start : start + step], *(one[start : start + step] for one in more)
+            )
         return out
 
 

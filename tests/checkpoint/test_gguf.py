@@ -288,8 +288,8 @@ class TestWriting:
         assert set(types.values()) == {"Q4_0", "F16"}
 
     def test_a_type_without_encoder_is_refused_before_writing(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="Q6_K can be read but not written"):
-            saved(tiny_checkpoint(), tmp_path, "Q6_K")
+        with pytest.raises(CheckpointError, match="Q8_K can be read but not written"):
+            saved(tiny_checkpoint(), tmp_path, "Q8_K")
         assert list(tmp_path.iterdir()) == []
 
     def test_an_incomplete_model_is_refused(self, tmp_path: Path) -> None:

@@ -123,9 +123,7 @@ def test_misuse_exits_with_2(puna) -> None:
     assert json.loads(puna("list", "--json").out) == []
 
 
-def test_create_from_a_modelfile(
-    stored: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_create_from_a_modelfile(stored, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "Modelfile cannot be read" in stored("create", "mario").err
     (tmp_path / "Modelfile").write_text("FROM smollm2\nSYSTEM You are Mario.\nPARAMETER stop a\n", encoding="utf-8")

@@ -44,6 +44,9 @@ class Foretelling:
     def release(self, sequence_id: int) -> None:
         pass
 
+    def check_idle(self) -> None:
+        pass
+
 
 @pytest.fixture
 def foretold(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Speculation]:

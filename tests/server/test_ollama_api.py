@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from datetime import datetime
 from pathlib import Path
@@ -302,7 +303,7 @@ def test_what_cannot_be_honoured_is_refused(http: httpx.Client) -> None:
         ("/api/chat", {"model": "smollm2", "messages": [{**hello, "images": ["aGk="]}]}, 400, "images"),
         ("/api/generate", {"model": "smollm2", "prompt": "x", "suffix": "y"}, 400, "does not support insert"),
         ("/api/generate", {"model": "smollm2", "prompt": "x", "width": 3}, 400, "the field width is not known"),
-        ("/api/generate", {"model": "smollm2", "prompt": "x", "options": {"warmth": 1}}, 400, "options.warmth"),
+        ("/api/generate", {"model": "smollm2", "prompt": "x", "options": {"warmth": 1}}, 400, "warmth"),
         ("/api/generate", {"model": "smollm2", "prompt": "x", "options": {"top_p": "a"}}, 400, "top_p"),
         ("/api/generate", {"model": "smollm2", "prompt": "x", "context": [10**9]}, 400, "token id"),
         ("/api/generate", {"prompt": "x"}, 400, "the field model is missing"),
@@ -342,3 +343,81 @@ def test_the_documentation_has_every_route(http: httpx.Client) -> None:
     body = document["components"]["schemas"]["GenerateBody"]
     assert body["additionalProperties"] is False
     assert {"model", "prompt", "suffix", "keep_alive", "think", "top_logprobs"} <= body["properties"].keys()
+
+
+def test_suffix_needs_a_template_with_a_place_for_it(http: httpx.Client) -> None:
+    template = "{{ if .Suffix }}<PRE> {{ .Prompt }} <SUF>{{ .Suffix }} <MID>{{ else }}{{ .Prompt }}{{ end }}"
+    body = {"model": "smollm2", "stream": False, "options": {"temperature": 0, "num_predict": 4}}
+    filled = post(http, "/api/generate", **body, prompt="def f():", suffix="return x", template=template)
+    same = post(http, "/api/generate", **body, prompt="<PRE> def f(): <SUF>return x <MID>", raw=True)
+    assert filled["response"] == same["response"]
+    assert filled["prompt_eval_count"] == same["prompt_eval_count"]
+    without = "{{ .Prompt }}"
+    error = post(http, "/api/generate", 400, **body, prompt="x", suffix="y", template=without)["error"]
+    assert "does not support insert" in error
+
+
+def test_create_from_a_model(http: httpx.Client, ollama_schema: OllamaSchema, model_store: Store) -> None:
+    described = {
+        "from": "smollm2",
+        "system": "You are Mario.",
+        "template": "{{ range .Messages }}[{{ .Role }}: {{ .Content }}]{{ end }}",
+        "parameters": {"temperature": 0, "num_predict": 3, "num_ctx": 256, "stop": ["]"]},
+        "license": ["First.", "Second."],
+        "messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Mario!"}],
+    }
+    statuses = lines(http, "/api/create", model="mario", **described)
+    for line in statuses:
+        ollama_schema.check("StatusEvent", line)
+    assert statuses[-1] == {"status": "success"}
+    shown = post(http, "/api/show", model="mario")
+    ollama_schema.check("ShowResponse", shown)
+    assert (shown["system"], shown["template"]) == (described["system"], described["template"])
+    assert (shown["messages"], shown["license"]) == (described["messages"], "First.\n\nSecond.")
+    assert shown["details"]["parent_model"] == "smollm2:latest"
+    assert "FROM mario:latest" in shown["modelfile"]
+    assert shown["parameters"].splitlines()[0].split() == ["temperature", "0"]
+    answer = post(http, "/api/chat", model="mario", messages=[{"role": "user", "content": "Hi"}], stream=False)
+    raw = "[system: You are Mario.][user: Who?][assistant: Mario!][user: Hi]"
+    same = post(http, "/api/generate", model="mario", prompt=raw, raw=True, stream=False)
+    assert answer["prompt_eval_count"] == same["prompt_eval_count"]
+    assert answer["eval_count"] <= 3
+    running = {model["name"]: model for model in http.get("/api/ps").json()["models"]}
+    assert running["mario:latest"]["context_length"] == 256
+    assert http.request("DELETE", "/api/delete", json={"model": "mario"}).status_code == 200
+    assert model_store.find("smollm2")
+
+
+def test_create_from_files(http: httpx.Client, shared_data: Path) -> None:
+    content = (shared_data / "weights" / "stories260K" / "stories260K.gguf").read_bytes() + bytes(1)
+    digest = "sha256:" + hashlib.sha256(content).hexdigest()
+    missing = post(http, "/api/create", 400, model="sent", files={"a.gguf": digest})["error"]
+    assert "send it first to /api/blobs" in missing
+    assert http.post(f"/api/blobs/{digest}", content=content).status_code == 201
+    assert post(http, "/api/create", model="sent", files={"a.gguf": digest}, stream=False) == {"status": "success"}
+    body = {"model": "sent", "prompt": "Once", "stream": False, "options": {"num_predict": 2}}
+    assert post(http, "/api/generate", **body)["eval_count"] == 2
+    assert http.request("DELETE", "/api/delete", json={"model": "sent"}).status_code == 200
+    assert http.head(f"/api/blobs/{digest}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "expected"),
+    [
+        ({}, 400, "from"),
+        ({"from": "missing"}, 404, "no model missing"),
+        ({"from": "stories", "quantize": "q8_0"}, 400, "quantize"),
+        ({"from": "stories", "renderer": "x"}, 400, "renderer"),
+        ({"from": "stories", "template": "{{ if"}, 400, "template"),
+        ({"from": "stories", "parameters": {"warmth": 1}}, 400, "warmth"),
+        ({"from": "stories", "messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
+        ({"from": "stories", "adapters": {"a.gguf": "sha256:" + "0" * 64}}, 400, "no blob"),
+        ({"files": {"../a.gguf": "sha256:" + "0" * 64}}, 400, "unusual characters"),
+        ({"from": "/etc/passwd"}, 404, "not a model name"),
+        ({"model": "../x", "from": "stories"}, 400, "not a model name"),
+    ],
+)
+def test_what_create_refuses(http: httpx.Client, body: dict[str, Any], status: int, expected: str) -> None:
+    for stream in (True, False):
+        assert expected in post(http, "/api/create", status, **{"model": "refused", **body, "stream": stream})["error"]
+    assert http.post("/api/show", json={"model": "refused"}).status_code == 404

@@ -167,9 +167,9 @@ def test_refuses_rows_that_are_not_whole_blocks(name: str) -> None:
 
 
 def test_says_which_types_cannot_be_written() -> None:
-    assert not QUANT_TYPES["Q6_K"].can_encode
-    with pytest.raises(CheckpointError, match="Q6_K can be read but not written"):
-        Weight.from_array("w", np.zeros((1, 256), np.float32), "q6_k")
+    assert not QUANT_TYPES["Q8_K"].can_encode
+    with pytest.raises(CheckpointError, match="Q8_K can be read but not written"):
+        Weight.from_array("w", np.zeros((1, 256), np.float32), "q8_k")
     with pytest.raises(CheckpointError, match=r"unknown weight type 'Q9_K'; known: F32, F16"):
         quant_type("Q9_K")
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.config import ModelConfig
-from puna.errors import TemplateError
+from puna.errors import StoreError, TemplateError
 from puna.gguf_file import read_gguf
 from puna.llm import LLM
+from puna.llm.create import modelfile_of
 from puna.model.shapes import parameter_count
 from puna.store import Manifest, Store, resolve_stored
+from puna.store.modelfile import write_modelfile
 
 _THINKING_MARKS = ("enable_thinking", "reasoning_content", "<think>", ".Think")
 _SUFFIX_MARK = ".Suffix"
@@ -41,7 +44,7 @@ def show_model(manifest: Manifest, store: Store, *, verbose: bool) -> dict[str, 
     checkpoint = open_checkpoint(path)
     template = manifest.template or checkpoint.chat_template or ""
     shown: dict[str, Any] = {
-        "modelfile": _modelfile(manifest, template),
+        "modelfile": _modelfile(manifest, store, template),
         "parameters": "\n".join(f"{name:<30} {_quoted(value)}" for name, value in _parameters(manifest)),
         "template": template,
         "details": details_of(manifest, store),
@@ -49,8 +52,12 @@ def show_model(manifest: Manifest, store: Store, *, verbose: bool) -> dict[str, 
         "capabilities": ["completion", *_abilities(template)],
         "modified_at": manifest.created,
     }
-    licence = manifest.licence or checkpoint.description.get("license")
-    return shown | {key: value for key, value in (("license", licence), ("system", manifest.system)) if value}
+    own = {
+        "license": "\n\n".join(manifest.licence_texts) or manifest.licence or checkpoint.description.get("license"),
+        "system": manifest.system,
+        "messages": [{"role": role, "content": content} for role, content in manifest.messages],
+    }
+    return shown | {key: value for key, value in own.items() if value}
 
 
 def _abilities(template: str) -> list[str]:
@@ -110,13 +117,13 @@ def _parameters(manifest: Manifest) -> list[tuple[str, Any]]:
     ]
 
 
-def _modelfile(manifest: Manifest, template: str) -> str:
-    lines = [f"FROM {manifest.model_name}"]
-    lines += [f'TEMPLATE """{template}"""'] if template else []
-    lines += [f'SYSTEM """{manifest.system}"""'] if manifest.system else []
-    lines += [f"PARAMETER {name} {_quoted(value)}" for name, value in _parameters(manifest)]
-    lines += [f"LICENSE {manifest.licence}"] if manifest.licence else []
-    return "\n".join(lines) + "\n"
+def _modelfile(manifest: Manifest, store: Store, template: str) -> str:
+    """One that begins from the model itself: paths of this machine are nothing to a client."""
+    name = str(manifest.model_name)
+    try:
+        return write_modelfile(replace(modelfile_of(manifest, store, template or None), from_=name, adapters=()))
+    except StoreError as error:  # some texts cannot be quoted there
+        return f"# {error}\nFROM {name}\n"
 
 
 def _quoted(value: Any) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from puna.chat.go_template import GoTemplate, chat_template
+from puna.chat.go_template import chat_template
 from puna.chat.prompt import render_prompt
 from puna.chat.template import Template
 from puna.errors import RequestError
-from puna.server.asking import Ask, ChatAsk, chat_pieces, text_pieces
+from puna.server.asking import Ask, ChatAsk, chat_pieces, infill_prompt, text_pieces
 from puna.server.manager import ServedModel
 from puna.server.ollama.answering import (
     Call,
@@ -105,12 +105,12 @@ def _template(model: ServedModel, body: GenerateBody) -> Template:
 def _around(model: ServedModel, body: GenerateBody) -> list[int]:
     """The prompt that asks for what stands between ``prompt`` and ``suffix``. Raises RequestError, TemplateError."""
     template = _template(model, body)
-    if not (isinstance(template, GoTemplate) and template.takes_suffix):
+    ids = infill_prompt(template, model.llm.tokenizer, body.prompt or "", body.suffix or "")
+    if ids is None:
         raise RequestError(
             f"{body.model} does not support insert: a suffix needs a template with a place for it ({{{{ .Suffix }}}})"
         )
-    message = {"role": "user", "content": body.prompt or ""}
-    return render_prompt(template, model.llm.tokenizer, [message], suffix=body.suffix).ids
+    return ids
 
 
 def _next_turn(model: ServedModel, body: GenerateBody) -> list[int]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from puna.errors import RequestError
-from puna.server.ollama.bodies import JsonRoute, PullBody, PushBody
+from puna.errors import RequestError, StoreError
+from puna.llm.create import create
+from puna.server.ollama.bodies import CreateBody, JsonRoute, PullBody, PushBody
 from puna.server.ollama.streaming import Answer, Line
 from puna.server.service import TheService
 from puna.store import Progress, pull
@@ -28,7 +29,7 @@ class _GivenUp(Exception):
 class _Teller:
     """Progress of work in another thread, as status lines in the event loop. Ends the work when nobody listens."""
 
-    def __init__(self, digests: dict[str, str]) -> None:
+    def __init__(self, digests: Mapping[str, str]) -> None:
         """``digests``: of the files where they are known."""
         self.given_up = False
         self._digests = digests
@@ -60,7 +61,10 @@ class _Teller:
 
 
 async def work_lines(
-    work: Callable[[Progress], Any], before: Sequence[str] = (), after: Sequence[str] = (), digests: Any = None
+    work: Callable[[Progress], Any],
+    before: Sequence[str] = (),
+    after: Sequence[str] = (),
+    digests: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[Line, None]:
     """The lines of work that runs in a thread of its own, and ends at its next sign of progress when nobody listens.
 
@@ -123,6 +127,47 @@ def _source_of(body: PullBody) -> str:
     if scheme == "http" and not body.insecure:
         raise RequestError("model: the address is not encrypted; use https, or send insecure: true")
     return body.which
+
+
+@router.post("/api/create", summary="Make a model from another one, or from files that were sent")
+async def create_model(body: CreateBody, service: TheService) -> Response:
+    """A stored model (`from`) or files (`files`, from /api/blobs) with a template, parameters or messages of its own.
+
+    It replaces a model of the same name, all or nothing.
+    """
+    for name, remedy in (
+        ("quantize", "begin from quantized weights: `puna convert` writes them"),
+        ("renderer", "give a template"),
+        ("parser", "how a model calls tools is told from its template"),
+    ):
+        if getattr(body, name):
+            raise RequestError(f"{name}: not in this version; {remedy}")
+    messages = [message.plain() for message in body.messages or ()]
+
+    def work(progress: Progress) -> None:
+        if body.from_ is not None:
+            service.store.find(body.from_)
+        try:
+            create(
+                service.store,
+                body.which,
+                from_=body.from_,
+                files=body.files,
+                template=body.template,
+                system=body.system,
+                parameters=body.parameters,
+                license=body.license,
+                messages=messages,
+                adapters=body.adapters,
+                paths=False,
+                progress=progress,
+            )
+        except StoreError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            raise RequestError(str(error)) from None
+
+    return Answer(work_lines(work), last_line if body.stream is False else None)
 
 
 @router.post("/api/push", summary="Refused: there is nowhere to push to")
