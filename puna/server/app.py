@@ -18,7 +18,7 @@ from puna.server.gauges import ModelGauges
 from puna.server.http_errors import install_error_handlers
 from puna.server.keys import KeyFile, Keys
 from puna.server.limits import LimitRequests, Limits
-from puna.server.logs import RequestLog, logger
+from puna.server.logs import RequestLog
 from puna.server.manager import Manager
 from puna.server.ollama import router as ollama_router
 from puna.server.service import Service
@@ -31,7 +31,7 @@ ROUTERS = [health.router, ollama_router, openai.router]
 def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | None = None) -> FastAPI:
     """The ASGI application. ``ops`` defaults to this machine's best. Raises StoreError when the keys can't be read."""
     models = store or Store()
-    keys = Keys(settings.api_keys, KeyFile(models), logger.warning)
+    keys = Keys(settings.api_keys, KeyFile(models))
     accounting = Accounting(limits=Limits(keys, settings.parallel + settings.max_queue))
 
     @asynccontextmanager

@@ -76,8 +76,9 @@ def test_what_clients_invent_makes_no_new_labels(server: GuardedServer) -> None:
         for i in range(5):
             client.get(f"/nothing/{i}")
             client.request(f"BREW{i}", "/livez")
+            client.get(f"/v1/models/none-{i}")
         http = [labels for name, labels in scrape(client) if name == "puna_http_requests_total"]
-    assert {dict(labels)["route"] for labels in http} <= {"unmatched", "/livez", "/metrics"}
+    assert {dict(labels)["route"] for labels in http} <= {"unmatched", "/livez", "/metrics", "/v1/models/{model:path}"}
     assert {dict(labels)["method"] for labels in http} <= {"GET", "other"}
 
 
