@@ -27,9 +27,9 @@ from puna.chat.gotemplate.nodes import (
     Variable,
 )
 from puna.chat.gotemplate.parser import parse
-from puna.chat.gotemplate.run import execute
+from puna.chat.gotemplate.run import bounds, execute
 from puna.chat.gotemplate.values import Json, Names, Struct
-from puna.chat.messages import Message
+from puna.chat.messages import Message, parse_messages
 from puna.chat.template import MAX_SOURCE, ChatTemplate, Template, as_plain, cut_at_end_mark, with_end_marked
 from puna.errors import TemplateError
 from puna.tokenizer import Tokenizer
@@ -98,13 +98,13 @@ class GoTemplate:
 
         ``enable_thinking`` (a boolean, or None for not said) is ``.Think`` and ``.IsThinkSet``, ``reasoning_effort``
         is ``.ThinkLevel``. With ``suffix`` the one message is the text before it. Other ``variables``, and documents,
-        have no name in these templates. Raises TemplateError.
+        have no name in these templates. Raises RequestError for malformed messages, TemplateError.
         """
-        plain = [message.to_dict() if isinstance(message, Message) else dict(message) for message in messages]
+        plain = [message.to_dict() for message in parse_messages(messages)]
         if continue_final_message:
             if add_generation_prompt:
                 raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
-            plain[-1:] = [with_end_marked(plain[-1])] if plain else []
+            plain[-1] = with_end_marked(plain[-1])
         elif not add_generation_prompt:
             raise TemplateError("a template in Go's language writes the beginning of the answer itself; ask for it")
         thinks = variables.get("enable_thinking")
@@ -118,18 +118,19 @@ class GoTemplate:
         try:
             given = as_plain([plain, tools])
             conversation = _collated(given[0])
-            if suffix:
-                prompt = "".join(_text(message) for message in given[0])
-                text = execute(self._program, {**common, "Prompt": prompt, "Suffix": str(suffix)}, [given, suffix])
-            elif self.takes_messages:
-                text = execute(self._program, {**common, **_values(conversation, given[1])}, given)
-            else:
-                text = "".join(self._turns(conversation, common, given))
+            with bounds([given, suffix]):
+                if suffix:
+                    prompt = "".join(_text(message) for message in given[0])
+                    text = execute(self._program, {**common, "Prompt": prompt, "Suffix": str(suffix)})
+                elif self.takes_messages:
+                    text = execute(self._program, {**common, **_values(conversation, given[1])})
+                else:
+                    text = "".join(self._turns(conversation, common))
         except RecursionError:
             raise TemplateError("the conversation is nested too deep for a chat template") from None
         return cut_at_end_mark(text) if continue_final_message else text
 
-    def _turns(self, messages: list[dict[str, Any]], common: Mapping[str, Any], given: Any) -> Iterator[str]:
+    def _turns(self, messages: list[dict[str, Any]], common: Mapping[str, Any]) -> Iterator[str]:
         """One rendering for each exchange: system text, prompt and response, whichever of them there are."""
         turn: dict[str, str] = {}
         first = True
@@ -142,10 +143,10 @@ class GoTemplate:
                 )
             earlier = {"System": ("Prompt", "Response"), "Prompt": ("Response",), "Response": ()}[place]
             if any(turn.get(name) for name in earlier):
-                yield execute(self._program, _turn(common, turn, first), given)
+                yield execute(self._program, _turn(common, turn, first))
                 turn, first = {}, False
             turn[place] = message["content"]
-        yield execute(self._to_response, _turn(common, turn, first), given)
+        yield execute(self._to_response, _turn(common, turn, first))
 
 
 def _turn(common: Mapping[str, Any], turn: Mapping[str, str], first: bool) -> dict[str, Any]:
@@ -219,7 +220,8 @@ def _ordered(raw: Mapping[str, Any], first: Sequence[str]) -> dict[str, Any]:
     return {key: raw[key] for key in (*(key for key in first if key in raw), *(k for k in raw if k not in first))}
 
 
-def _tool(tool: Mapping[str, Any]) -> Struct:
+def _tool(tool: Any) -> Struct:
+    tool = _object(tool)
     function = _object(tool.get("function"))
     parameters = _object(function.get("parameters"))
     properties = {name: _property(_object(raw)) for name, raw in _object(parameters.get("properties")).items()}
@@ -251,9 +253,10 @@ def _tool(tool: Mapping[str, Any]) -> Struct:
 
 def _property(raw: Mapping[str, Any]) -> Struct:
     kind = raw.get("type", [])
-    kinds = Names([kind] if isinstance(kind, str) else kind if isinstance(kind, list) else [])
+    kinds = Names(map(str, kind if isinstance(kind, list) else [kind]))
+    choices = raw.get("anyOf")
     fields = {
-        "AnyOf": [_property(_object(item)) for item in raw.get("anyOf") or ()],
+        "AnyOf": [_property(_object(item)) for item in choices] if isinstance(choices, list) else [],
         "Type": kinds,
         "Items": raw.get("items"),
         "Description": raw.get("description", ""),

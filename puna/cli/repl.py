@@ -50,6 +50,7 @@ class Repl:
         *,
         system: str | None = None,
         answer_format: str | None = None,
+        adapter: str | None = None,
         sampling: dict[str, Any] | None = None,
         verbose: bool = False,
         read: Callable[[str], str] | None = None,
@@ -63,6 +64,7 @@ class Repl:
         self.model = model
         self.system = system
         self.answer_format = answer_format
+        self.adapter = adapter
         self.sampling = dict(sampling or {})
         self.verbose = verbose
         self.messages: list[dict[str, Any]] = []
@@ -104,7 +106,8 @@ class Repl:
     def _answer(self, text: str) -> None:
         turn = [*self.messages, {"role": "user", "content": text}]
         head = [{"role": "system", "content": self.system}] if self.system is not None else []
-        options = self.sampling | {"constraint": format_constraint(self.llm, self.answer_format)}
+        constraint = format_constraint(self.llm, self.answer_format)
+        options = self.sampling | {"constraint": constraint, "adapter": self.adapter}
         if self.llm.has_template:
             chunks = self.llm.chat(head + turn, stream=True, **options)
         else:
@@ -230,6 +233,7 @@ class Repl:
     def _load_model(self, name: str) -> None:
         self.llm = self._open_model(name)
         self.model = name
+        self.adapter = None  # it was the other model's
 
 
 def _load_here(name: str) -> LLM:

@@ -40,6 +40,7 @@ _HERE_ONLY = (
 @click.argument("prompt", nargs=-1)
 @click.option("--system", help="System prompt.")
 @click.option("--format", "answer_format", help="json, a JSON schema, or a file with one: the answer will follow it.")
+@click.option("--adapter", metavar="PATH", help="A LoRA adapter of the model: a PEFT folder or a GGUF file.")
 @click.option("--raw", is_flag=True, help="Continue the prompt's text itself, without the chat template.")
 @click.option("--explain-prompt", is_flag=True, help="Show the exact prompt, its token ids and where each came from.")
 @click.option("--verbose", is_flag=True, help="Print timings after each answer.")
@@ -58,6 +59,7 @@ def run(
     prompt: tuple[str, ...],
     system: str | None,
     answer_format: str | None,
+    adapter: str | None,
     raw: bool,
     explain_prompt: bool,
     verbose: bool,
@@ -108,12 +110,22 @@ def run(
         cache_dir=cache_dir,
         cache_size=cache_size,
     )
+    if adapter is not None:
+        llm.load_adapter(adapter, adapter)
     load_seconds = time.perf_counter() - started
     values = sampling_values(options)
     if text is None:
         from puna.cli.repl import Repl
 
-        Repl(llm, model, system=system, answer_format=answer_format, sampling=values, verbose=verbose).run()
+        Repl(
+            llm,
+            model,
+            system=system,
+            answer_format=answer_format,
+            adapter=adapter,
+            sampling=values,
+            verbose=verbose,
+        ).run()
         return
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
@@ -122,7 +134,7 @@ def run(
 
         explain(llm, messages, raw_text=text if raw else None, as_json=as_json)
         return
-    values["constraint"] = format_constraint(llm, answer_format)
+    values |= {"constraint": format_constraint(llm, answer_format), "adapter": adapter}
     if raw or not llm.has_template:
         chunks = llm.generate(text, stream=True, **values)
     else:

@@ -26,6 +26,7 @@ from puna.errors import RequestError
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with (default: physical cores).")
 @click.option("--kv-type", type=click.Choice(["f16", "bf16", "q8_0", "f32"]), help="What the cache holds.")
 @click.option("--memory-budget", help="Memory that models may use: 6GB (default: 90 % of what is free).")
+@click.option("--adapter-dir", type=click.Path(path_type=Path), help="Where adapters may be loaded from.")
 @click.option("--log-requests", is_flag=True, default=None, help="Log prompts and answers too.")
 @click.option("--insecure", is_flag=True, default=None, help="Listen beyond this machine without a key.")
 def serve(**options: Any) -> None:

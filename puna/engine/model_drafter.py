@@ -16,8 +16,10 @@ CATCH_UP = 16  # tokens; a sequence further behind drafts nothing in that step
 
 class DraftedSequence:
     """A sequence as the draft model sees it: ``num_confirmed`` tokens that it had when it was last looked at, the
-    drafted ones after them, and blocks of the draft model's cache.
+    drafted ones after them, and blocks of the draft model's cache. The draft model has no adapters.
     """
+
+    adapter = -1
 
     def __init__(self) -> None:
         self.tokens = array("i")

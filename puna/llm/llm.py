@@ -17,8 +17,10 @@ from puna.chat.go_template import chat_template as make_template
 from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
 from puna.chat.template import Template
+from puna.chat.tools import ToolFormat, tool_format
 from puna.checkpoint import open_checkpoint
-from puna.engine import Constraint, Engine, PrefixCache, Request, SamplingParams, Speculation
+from puna.checkpoint.lora import read_adapter
+from puna.engine import Constraint, Engine, LoadedAdapter, PrefixCache, Request, SamplingParams, Speculation
 from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
@@ -139,7 +141,7 @@ class LLM:
         stored = parse_options(manifest.parameters if manifest else {})
         if context_length is None and stored.num_ctx is not None:
             context_length = min(stored.num_ctx, checkpoint.config.max_position_embeddings)
-        threads = threads or stored.num_thread
+        threads = stored.num_thread if threads is None else threads
         model_ops = make_ops(ops, threads) if ops is None or isinstance(ops, str) else ops
         speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed)
         return cls(
@@ -179,6 +181,11 @@ class LLM:
         source = self._chat_template or builtin_template(self.tokenizer)
         return make_template(source, self.tokenizer)
 
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model is told of tools and writes calls. Raises TemplateError as ``template`` does."""
+        return tool_format(self.template, self.tokenizer)
+
     @property
     def has_template(self) -> bool:
         """Whether the model can chat; a base model only continues text."""
@@ -198,6 +205,23 @@ class LLM:
     def eos_ids(self) -> frozenset[int]:
         """Every token id that ends an answer."""
         return frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_ids)
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Read a LoRA adapter, a folder that PEFT saved or a GGUF file, which calls may then name (docs/adapters.md).
+
+        It changes nothing for calls that don't. Raises CheckpointError when it is no adapter of this model, and
+        RequestError when the name is taken.
+        """
+        self.engine.load_adapter(name, read_adapter(path, self.config))
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter. Raises RequestError when there is none of that name, or while an answer uses it."""
+        self.engine.unload_adapter(name)
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The loaded adapters by name, with their ``rank`` and the memory they take, ``nbytes``."""
+        return self.engine.adapters
 
     def sampling(self, params: SamplingParams | None = None, **overrides: Any) -> SamplingParams:
         """``params``, or the model's defaults with ``overrides``. Raises RequestError for a parameter that is none."""
@@ -231,14 +255,15 @@ class LLM:
         *,
         stream: bool = False,
         constraint: Constraint | None = None,
+        adapter: str | None = None,
         parse_special: bool = False,
         **sampling: Any,
     ) -> Completion | list[Completion] | Iterator[Chunk]:
         """Continue raw text, several texts at once in one batch, with no chat template.
 
         ``sampling`` are fields of SamplingParams (``temperature``, ``max_tokens``, ``seed``, ``stop``, …). With
-        ``stream``, pieces come as they are ready. ``constraint`` comes from ``llm.constraints``. ``parse_special``
-        reads control tokens in the prompt's text as such. Raises RequestError.
+        ``stream``, pieces come as they are ready. ``constraint`` comes from ``llm.constraints``. ``adapter`` names a
+        loaded one. ``parse_special`` reads control tokens in the prompt's text as such. Raises RequestError.
 
         >>> llm.generate("The capital of France is", temperature=0, max_tokens=1).text
         ' Paris'
@@ -246,7 +271,7 @@ class LLM:
         ' 4'
         """
         encoded = [self.encode(text, parse_special=parse_special) for text in _texts(prompts)]
-        requests = [self._request(ids, self.sampling(params, **sampling), constraint) for ids in encoded]
+        requests = [self._request(ids, self.sampling(params, **sampling), constraint, adapter) for ids in encoded]
         chunks = stream_chunks(self.engine, requests, self.tokenizer)
         if stream:
             return chunks
@@ -279,17 +304,19 @@ class LLM:
         stream: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         constraint: Constraint | None = None,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Completion | Iterator[Chunk]:
         """Answer a conversation (``{"role", "content"}``) through the model's chat template.
 
-        Control tokens in a message's text are plain text to the model. Raises RequestError, TemplateError.
+        Control tokens in a message's text are plain text to the model. Options as for ``generate``. Raises
+        RequestError, TemplateError.
 
         >>> llm.chat([{"role": "user", "content": "What is 2+2?"}], temperature=0, stop=["4"]).text
         'The answer to this classic math problem is '
         """
         prompt = self.prompt(messages, tools=tools)
-        requests = [self._request(prompt.ids, self.sampling(params, **sampling), constraint)]
+        requests = [self._request(prompt.ids, self.sampling(params, **sampling), constraint, adapter)]
         chunks = stream_chunks(self.engine, requests, self.tokenizer)
         return chunks if stream else collect(chunks, requests)[0]
 
@@ -358,10 +385,12 @@ class LLM:
         whole = self.tokenizer.encode(stripped + continuation, add_bos=self.tokenizer.add_bos)
         return scoring.score(self.model, prompt_ids, whole[len(prompt_ids) :], self.kv_type)
 
-    def _request(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None) -> Request:
+    def _request(
+        self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None, adapter: str | None
+    ) -> Request:
         if constraint is not None and not hasattr(constraint, "start"):
             raise RequestError(f"constraint must come from llm.constraints, found {type(constraint).__name__}")
-        return Request(ids, params, self.eos_ids, constraint)
+        return Request(ids, params, self.eos_ids, constraint, adapter=adapter)
 
 
 def _texts(given: str | Sequence[str]) -> list[str]:

@@ -22,8 +22,13 @@ async def embed(
     limit = model.llm.context_length
     longest = max(map(len, prompts), default=0)
     if longest > limit:
-        raise ContextError(f"a text has {longest} tokens, more than the context of {limit}; shorten it")
-    requests = [Request(ids, SamplingParams(), cache_salt=tenant, tenant=tenant, pooling=pooling) for ids in prompts]
+        raise ContextError(
+            f"a text of {longest} tokens is longer than the model's context length of {limit}; shorten it"
+        )
+    requests = [
+        Request(ids, SamplingParams(), cache_salt=tenant, tenant=tenant, pooling=pooling, adapter=model.adapter)
+        for ids in prompts
+    ]
     vectors = np.zeros((len(prompts), model.llm.config.hidden_size), np.float32)
     accounts = [model.accounting.begin(model.name, tenant, len(ids)) for ids in prompts]
     answers = await model.engine_thread.submit(model.llm.engine, requests)

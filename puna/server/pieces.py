@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Literal, Protocol
 
 from puna.chat.text_stream import TextStream
+from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.engine import Event, PromptLogprob, Request, Timings
 from puna.errors import RequestError
 from puna.llm import TokenLogprob
@@ -16,37 +17,6 @@ from puna.server.engine_thread import Answers
 from puna.server.manager import ServedModel
 
 EndReason = Literal["stop", "length", "tool_calls", "cancelled"]
-
-
-@dataclass(frozen=True)
-class ThinkingDelta:
-    """Text of the model's reasoning."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """Text of the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolCallStart:
-    """A tool call begins: ``index`` counts the calls of one answer from 0."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True)
-class ToolCallArguments:
-    """The next characters of the JSON object of a call's arguments."""
-
-    index: int
-    fragment: str
 
 
 Delta = TextDelta | ThinkingDelta | ToolCallStart | ToolCallArguments

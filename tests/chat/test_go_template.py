@@ -143,7 +143,9 @@ def test_the_language(source: str, expected: str | None) -> None:
         ("{{ (1 }}", "parenthesis is not closed"),
         ("{{ .X ? }}", "unexpected '"),
         ("{{ if .X }}" * 100, "nested more than"),
-        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested more than"),
+        ("{{ $x := 1 }}" * 2000, "more than 1000 variables"),
+        ("{{ print" + " 1" * 2000 + " }}", "more than 1000 parts"),
+        ("{{ " + "(" * 99 + "1" + ")" * 99 + " }}", "nested more than"),
     ],
 )
 def test_what_does_not_compile_names_its_line(source: str, problem: str) -> None:
@@ -244,6 +246,22 @@ def test_tools_and_calls() -> None:
     source = "{{ .Thinking }}{{ range .ToolCalls }}{{ .Function.Name }}{{ .Function.Arguments }}{{ end }}"
     source = "{{ range .Messages }}" + source + "{{ end }}"
     assert GoTemplate(source).render([USER, calls]) == 'hmf{"b":1,"a":"\\u003cx\\u003e"}'
+
+
+@pytest.mark.parametrize("tool", [5, {}, {"function": 1}, {"function": {"parameters": {"properties": {"a": 1}}}}])
+def test_malformed_tools_do_no_harm(tool: object) -> None:
+    source = "{{ range .Tools }}{{ . }}{{ range .Function.Parameters.Properties }}{{ .Type }}{{ end }}{{ end }}"
+    assert render(source + "{{ $m := .Messages }}", tools=[tool])
+    odd = {"function": {"parameters": {"properties": {"a": {"type": [{"b": 1}], "anyOf": 3}}}}}
+    assert "{'b': 1}" in render(source + "{{ $m := .Messages }}", tools=[odd])
+
+
+def test_all_turns_of_an_older_template_share_one_bound() -> None:
+    slow = "{{ range 20000 }}{{ end }}{{ .Prompt }}{{ .Response }}"
+    turns = [("user", "a"), ("assistant", "b")] * 100
+    assert render(slow, *turns[:3])
+    with pytest.raises(TemplateError, match="loops too often"):
+        render(slow, *turns)
 
 
 def test_thinking_suffix_and_dates() -> None:

@@ -102,7 +102,7 @@ def test_tool_choice() -> None:
 )
 def test_format_and_conversation(name, vocabulary, style, shown, shared_data) -> None:
     text = source(shared_data, name)
-    form = tool_format(text, vocabulary)
+    form = tool_format(ChatTemplate(text), vocabulary)
     flags = (form.template_shows_tools, form.template_shows_calls, form.template_shows_parallel_calls)
     assert (form.style, (*flags, form.template_builtins)) == (style, shown)
     assert set(form.visible_special_tokens) == (
@@ -134,7 +134,7 @@ def test_format_and_conversation(name, vocabulary, style, shown, shared_data) ->
 
 def test_builtin_tools_are_switched_on(shared_data) -> None:
     text = source(shared_data, "meta-llama-Llama-3.1-8B-Instruct.jinja")
-    form = tool_format(text, LLAMA3)
+    form = tool_format(ChatTemplate(text), LLAMA3)
     call = {"type": "function", "function": {"name": "brave_search", "arguments": {"query": "gold", "count": 3}}}
     messages = parse_messages([{"role": "user", "content": "Gold?"}, {"role": "assistant", "tool_calls": [call]}])
     conversation = tool_conversation(form, messages, [Tool("brave_search"), Tool("code_interpreter"), Tool("f")])
@@ -145,7 +145,7 @@ def test_builtin_tools_are_switched_on(shared_data) -> None:
 
 
 def test_tools_go_into_the_system_message_that_is_there(shared_data) -> None:
-    form = tool_format(BUILTIN["chatml"], PLAIN)
+    form = tool_format(ChatTemplate(BUILTIN["chatml"]), PLAIN)
     messages = parse_messages([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}])
     [system, user] = tool_conversation(form, messages, [Tool("f", "does {things}")]).messages
     assert system.text.startswith("Be brief.\n\nYou can call functions")

@@ -1,4 +1,4 @@
-"""Constrained calls: random walks through what a grammar allows, judged by jsonschema; and texts that it must refuse."""
+"""Constrained calls: random walks through a grammar, judged by jsonschema; and texts that it must refuse."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from puna.chat.builtin import CHATML
+from puna.chat.template import ChatTemplate
 from puna.chat.tools import (
     Tool,
     ToolCallStream,
@@ -212,6 +213,6 @@ def test_nothing_is_enforced_unless_asked_for() -> None:
 def test_a_schema_that_cannot_be_enforced_is_refused(compiler) -> None:
     raw = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "strung"}}}}
     [tool] = check_tools([{"type": "function", "function": raw}])
-    form = tool_format(CHATML, type("Vocabulary", (), {"special_tokens": {}})())
+    form = tool_format(ChatTemplate(CHATML), type("Vocabulary", (), {"special_tokens": {}})())
     with pytest.raises(RequestError, match="grammar"):
         compiler.lark(tool_grammar(form, [tool], ToolChoice("required")) or "")

@@ -70,14 +70,15 @@ SAMPLES = [
     (
         LLAMA,
         (),
-        "<|python_tag|>[f(a=True, b=None, c=(1, -2.5e3, .5, 0x1F, 1_000), d={'k': [\"it's\", 'q\"\\'\\x41\\101\\n']},)]",
+        "<|python_tag|>[f(a=True, c=(1, -2.5e3, .5, 0x1F, 1_000), d={'k': [\"it's\", 'q\"\\'\\x41\\101\\n']},)]",
         "",
-        [("f", {"a": True, "b": None, "c": [1, -2.5e3, 0.5, 31, 1000], "d": {"k": ["it's", "q\"'AA\n"]}})],
+        [("f", {"a": True, "c": [1, -2.5e3, 0.5, 31, 1000], "d": {"k": ["it's", "q\"'AA\n"]}})],
     ),
     (
         LLAMA,
         (),
-        'Let me see.\n{"name": "f", "parameters": {"s": "a\\"}{\\u00e9\\ud83d\\ude00"}}; {"name": "f", "parameters": {}}\n',
+        'Let me see.\n{"name": "f", "parameters": {"s": "a\\"}{\\u00e9\\ud83d\\ude00"}}; '
+        '{"name": "f", "parameters": {}}\n',
         "Let me see.\n",
         [("f", {"s": 'a"}{é\U0001f600'}), ("f", {})],
     ),

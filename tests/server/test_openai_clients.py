@@ -126,7 +126,7 @@ def test_litellm(server: RunningServer, litellm: Any) -> None:
     assert litellm.completion("openai/smollm2", more, temperature=0, max_tokens=8, **options).choices
     vector = litellm.embedding("openai/stories", ["a cat"], **options).data[0]["embedding"]
     assert len(vector) == 64
-    text = litellm.text_completion("text-completion-openai/stories", "Once upon", max_tokens=4, **options)
+    text = litellm.text_completion(model="text-completion-openai/stories", prompt="Once upon", max_tokens=4, **options)
     assert text.choices[0].text
     long = [{"role": "user", "content": "a b " * 6000}]
     with pytest.raises(litellm.ContextWindowExceededError):

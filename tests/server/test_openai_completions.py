@@ -40,6 +40,12 @@ def test_prompts_as_texts_and_as_tokens(http: httpx.Client, shared_data: Path, l
         assert found["usage"]["completion_tokens"] == 8 * len(wanted)
 
 
+def test_a_long_prompt_of_tokens_is_one_prompt(http: httpx.Client) -> None:
+    found = post(http, {**COMMON, "prompt": [1] + [300] * 500, "n": 5, "max_tokens": 1})
+    assert found["usage"]["prompt_tokens"] == 501
+    assert len(found["choices"]) == 5
+
+
 def test_sixteen_tokens_unless_asked_otherwise(http: httpx.Client) -> None:
     found = post(http, {"model": "stories", "prompt": "Once upon"})
     assert found["usage"]["completion_tokens"] == 16

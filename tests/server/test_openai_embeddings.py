@@ -68,7 +68,7 @@ def test_truncation_keeps_the_end(http: httpx.Client, library: LLM) -> None:
         ({"input": ["a", ""]}, "at least 1 character"),
         ({"input": [512]}, "outside the vocabulary"),
         ({"input": "a", "dimensions": 65}, "at most 64"),
-        ({"input": [1] * 3000}, "more than the context"),
+        ({"input": [1] * 3000}, "longer than the model's context length"),
         ({"input": "a", "encoding_format": "int8"}, "float"),
     ],
 )

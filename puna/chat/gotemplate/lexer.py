@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from puna.errors import TemplateError
 
+MAX_TOKENS = 1000
 _SPACE = " \t\r\n"
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+)
@@ -53,6 +55,11 @@ def syntax_error(line: int, problem: str) -> TemplateError:
 
 def pieces(source: str) -> Iterator[Piece]:
     """Text and actions in turn, trimmed as ``{{-`` and ``-}}`` ask. Raises TemplateError naming the line."""
+    ends = [match.start() for match in re.finditer("\n", source)]
+
+    def line_of(at: int) -> int:
+        return bisect_left(ends, at) + 1
+
     at, trim = 0, False
     while True:
         start = source.find("{{", at)
@@ -64,34 +71,30 @@ def pieces(source: str) -> Iterator[Piece]:
             text = text.rstrip(_SPACE)
             inner += 2
         if text:
-            yield Piece(_line(source, at), text=text)
+            yield Piece(line_of(at), text=text)
         if start < 0:
             return
         if source.startswith("/*", inner):
-            at, trim = _after_comment(source, inner)
+            at, trim = _after_comment(source, inner, line_of)
         else:
-            tokens, at, trim = _action(source, inner)
-            yield Piece(_line(source, start), tokens=tokens)
+            tokens, at, trim = _action(source, inner, line_of)
+            yield Piece(line_of(start), tokens=tokens)
 
 
-def _line(source: str, at: int) -> int:
-    return source.count("\n", 0, at) + 1
-
-
-def _after_comment(source: str, start: int) -> tuple[int, bool]:
+def _after_comment(source: str, start: int, line_of: Callable[[int], int]) -> tuple[int, bool]:
     end = source.find("*/", start)
     if end < 0:
-        raise syntax_error(_line(source, start), "a comment is not closed with */")
+        raise syntax_error(line_of(start), "a comment is not closed with */")
     match = re.compile(r"(?:([ \t\r\n]-)|)\}\}").match(source, end + 2)
     if match is None:
-        raise syntax_error(_line(source, end), "a comment must end its action: */}}")
+        raise syntax_error(line_of(end), "a comment must end its action: */}}")
     return match.end(), match[1] is not None
 
 
-def _action(source: str, start: int) -> tuple[tuple[Token, ...], int, bool]:
+def _action(source: str, start: int, line_of: Callable[[int], int]) -> tuple[tuple[Token, ...], int, bool]:
     """The tokens from ``start`` on, where the text after them begins, and whether that is trimmed."""
     tokens: list[Token] = []
-    at, line = start, _line(source, start)
+    at, line = start, line_of(start)
     glued = False
     while True:
         if source.startswith("}}", at):
@@ -102,7 +105,7 @@ def _action(source: str, start: int) -> tuple[tuple[Token, ...], int, bool]:
         if match is None:
             if at >= len(source):
                 raise syntax_error(line, "an action is not closed with }}")
-            raise syntax_error(_line(source, at), f"unexpected {source[at : at + 10].splitlines()[0]!r} in an action")
+            raise syntax_error(line_of(at), f"unexpected {source[at : at + 10].splitlines()[0]!r} in an action")
         kind, value = str(match.lastgroup), match[0]
         here = line
         line += value.count("\n")
@@ -111,6 +114,8 @@ def _action(source: str, start: int) -> tuple[tuple[Token, ...], int, bool]:
             glued = False
             continue
         tokens.append(_token(kind, value, here, glued))
+        if len(tokens) > MAX_TOKENS:
+            raise syntax_error(line, f"an action has more than {MAX_TOKENS} parts")
         glued = True
 
 

@@ -26,6 +26,7 @@ from puna.chat.gotemplate.nodes import (
 )
 
 MAX_NESTING = 40
+MAX_VARIABLES = 1000
 _KEYWORDS = ("if", "with", "range", "define", "block", "template", "else", "end", "break", "continue")
 
 
@@ -177,6 +178,8 @@ class _Parser:
             raise syntax_error(rest[0].line, f"unexpected {rest[0].value!r}")
         if declares:
             self.variables += names
+            if len(self.variables) > MAX_VARIABLES:
+                raise syntax_error(line, f"more than {MAX_VARIABLES} variables are defined here")
         return Pipe(line, commands, names, declares)
 
     def targets(

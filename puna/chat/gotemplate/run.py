@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from puna.chat.gotemplate.functions import FUNCTIONS, SHORT_CIRCUIT, made
@@ -43,13 +44,19 @@ class _Continue(_Jump):
     pass
 
 
-def execute(program: Program, data: Mapping[str, Any], inputs: Any) -> str:
-    """The text a template makes of ``data``; the bounds grow with the size of ``inputs``, what the caller gave.
-
-    Raises TemplateError naming the line.
-    """
-    run = _Run(program, data)
+@contextmanager
+def bounds(inputs: Any) -> Iterator[None]:
+    """What all that is executed within it may spend together; it grows with the size of what the caller gave."""
     meter = METER.set(Meter(size_of(inputs, 1 << 30)))
+    try:
+        yield
+    finally:
+        METER.reset(meter)
+
+
+def execute(program: Program, data: Mapping[str, Any]) -> str:
+    """The text a template makes of ``data``, within ``bounds``. Raises TemplateError naming the line."""
+    run = _Run(program, data)
     try:
         run.body(program.body, data)
     except Refused as error:
@@ -60,8 +67,6 @@ def execute(program: Program, data: Mapping[str, Any], inputs: Any) -> str:
         ) from None
     except RecursionError:
         raise TemplateError(f"the chat template fails: line {run.line}: it is nested too deep") from None
-    finally:
-        METER.reset(meter)
     return "".join(run.out)
 
 

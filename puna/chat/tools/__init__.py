@@ -1,6 +1,6 @@
 """Tool calls: what a model is told of tools, and how calls are read from what it writes. See docs/tool-calls.md."""
 
-from puna.chat.tools.conversation import tool_conversation
+from puna.chat.tools.conversation import ToolConversation, tool_conversation
 from puna.chat.tools.deltas import Delta, TextDelta, ToolCall, ToolCallArguments, ToolCallStart, collect
 from puna.chat.tools.formats import ToolFormat, tool_format
 from puna.chat.tools.grammar import tool_grammar
@@ -26,6 +26,7 @@ __all__ = [
     "ToolCallStart",
     "ToolCallStream",
     "ToolChoice",
+    "ToolConversation",
     "ToolFormat",
     "check_tool_choice",
     "check_tools",

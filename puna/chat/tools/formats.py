@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from puna.chat.template import ChatTemplate
+from puna.chat.template import Template
 from puna.errors import TemplateError
 
 PYTHON_TAG = "<|python_tag|>"
@@ -53,13 +53,12 @@ class ToolFormat:
     template_builtins: bool
 
 
-def tool_format(template_source: str, tokenizer: Vocabulary) -> ToolFormat:
-    """The format of a model. Raises TemplateError when the template does not compile.
+def tool_format(template: Template, tokenizer: Vocabulary) -> ToolFormat:
+    """The format of a model with that template.
 
     What the template makes of tools, calls and results is tried out, for naming them is not showing them.
     """
-    template = ChatTemplate(template_source)
-    special = tokenizer.special_tokens
+    template_source, special = template.source, tokenizer.special_tokens
     shows_tools = _shows_tools(template)
     style: Literal["llama_json", "pythonic", "tags"]
     if shows_tools and OPEN_TAG in template_source:
@@ -81,11 +80,11 @@ def tool_format(template_source: str, tokenizer: Vocabulary) -> ToolFormat:
     )
 
 
-def _shows_tools(template: ChatTemplate) -> bool:
+def _shows_tools(template: Template) -> bool:
     return _NAMES[0] in _try(template, [{"role": "user", "content": "hi"}])
 
 
-def _shows_calls(template: ChatTemplate, number: int) -> bool:
+def _shows_calls(template: Template, number: int) -> bool:
     functions = [{"name": name, "arguments": {"key": f"{name}_value"}} for name in _NAMES[:number]]
     calls = [{"id": f"call_{i}", "type": "function", "function": call} for i, call in enumerate(functions)]
     answers = [
@@ -100,7 +99,7 @@ def _shows_calls(template: ChatTemplate, number: int) -> bool:
     return all(shown)
 
 
-def _try(template: ChatTemplate, messages: list[dict[str, Any]]) -> str:
+def _try(template: Template, messages: list[dict[str, Any]]) -> str:
     """The rendered text; empty when the template rejects the conversation."""
     schema = {"type": "object", "properties": {"key": {"type": "string", "description": "a key"}}}
     function = {"name": _NAMES[0], "description": "a probe", "parameters": schema}

@@ -12,15 +12,18 @@ from typing import Any
 
 from fastapi import Request
 
+from puna.chat.tools import ToolCallArguments, ToolCallStart
 from puna.engine import SamplingParams
 from puna.errors import RequestError
 from puna.llm import TokenLogprob
 from puna.llm.ollama_options import OllamaOptions, parse_options
+from puna.server.asking import Ask
 from puna.server.manager import ServedModel
 from puna.server.ollama.bodies import Generation, ModelUse
 from puna.server.ollama.details import thinks
+from puna.server.ollama.formats import constraint_of
 from puna.server.ollama.streaming import Line
-from puna.server.pieces import Piece, Pieces, ToolCallArguments, ToolCallStart, Usage
+from puna.server.pieces import Piece, Pieces, Usage
 from puna.server.service import Service
 from puna.server.settings import parse_duration
 from puna.tokenizer import Tokenizer
@@ -93,21 +96,25 @@ class Call:
         }
 
 
-def sampling_of(model: ServedModel, call: Call, body: Generation) -> SamplingParams:
-    """The model's defaults with the body's options. Raises RequestError."""
+async def ask_of(model: ServedModel, call: Call, body: Generation) -> Ask:
+    """What the body asks for, but for the prompt. Raises RequestError."""
+    return Ask(
+        _sampling_of(model, call, body),
+        constraint=await constraint_of(model, body.format),
+        context_length=call.options.num_ctx,
+        truncate=bool(body.truncate),
+        shift=bool(body.shift),
+        num_keep=call.options.num_keep or 0,
+        tenant=call.tenant,
+    )
+
+
+def _sampling_of(model: ServedModel, call: Call, body: Generation) -> SamplingParams:
+    """The model's defaults with the body's options."""
     wanted = bool(body.logprobs)
     if body.top_logprobs and not wanted:
         raise RequestError("top_logprobs needs logprobs: true")
     return model.llm.sampling(**call.options.sampling, logprobs=wanted, top_logprobs=body.top_logprobs or 0)
-
-
-def check_generation(body: Generation) -> None:
-    """Raises RequestError for what cannot be done at all."""
-    if body.shift:
-        raise RequestError(
-            "shift: an answer ends (done_reason length) when its context is full, instead of losing its beginning; "
-            "remove the field, or choose a larger num_ctx"
-        )
 
 
 def think_of(model: ServedModel, body: Generation) -> bool | None:

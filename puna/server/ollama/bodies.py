@@ -64,7 +64,7 @@ class Generation(ModelUse):
     format: Format | None = Field(None, description="`json`, or a JSON schema that the answer follows.")
     stream: bool | None = Field(None, description="Answer in pieces, the default.")
     think: Think | None = Field(None, description="Reason before answering; a level means true.")
-    shift: bool | None = Field(None, description="Only false: an answer ends when its context is full.")
+    shift: bool | None = Field(None, description="Go on when the context is full, without its older half; else end.")
     logprobs: bool | None = Field(None, description="Log probabilities of the answer's tokens.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="And of the most probable tokens beside each.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from fastapi import APIRouter, Request
@@ -10,15 +11,13 @@ from starlette.responses import JSONResponse, Response
 from puna.server.asking import ChatAsk, chat_pieces
 from puna.server.ollama.answering import (
     Call,
-    check_generation,
+    ask_of,
     joined,
     load_or_unload,
     piece_lines,
-    sampling_of,
     think_of,
 )
 from puna.server.ollama.bodies import ChatBody, JsonRoute
-from puna.server.ollama.formats import constraint_of
 from puna.server.ollama.streaming import Answer, Line
 from puna.server.service import TheService
 
@@ -32,7 +31,6 @@ async def chat(body: ChatBody, service: TheService, request: Request) -> Respons
     Where the last message is the assistant's, the model goes on with it.
     """
     call = Call.of(service, body, request)
-    check_generation(body)
     if not body.messages:
         return JSONResponse(await load_or_unload(call, {"message": {"role": "assistant", "content": ""}}))
     return Answer(_lines(call, body), _whole if body.stream is False else None)
@@ -44,17 +42,13 @@ async def _lines(call: Call, body: ChatBody) -> AsyncGenerator[Line, None]:
     async with call.use() as model:
         call.loaded()
         ask = ChatAsk(
-            sampling_of(model, call, body),
-            constraint=await constraint_of(model, body.format),
-            context_length=call.options.num_ctx,
-            truncate=bool(body.truncate),
-            tenant=call.tenant,
+            **vars(await ask_of(model, call, body)),
             messages=messages,
             tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
             think=think_of(model, body),
             continue_final_message=last["role"] == "assistant" and bool(last.get("content")),
         )
-        _, pieces = chat_pieces(model, ask)
+        _, pieces = await asyncio.to_thread(chat_pieces, model, ask)
         async for line in piece_lines(call, model, body, pieces, _part, dict):
             yield line
 

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from puna.errors import RequestError
-from puna.llm import scoring
+from puna.errors import ContextError, RequestError
+from puna.server.embedding import embed
 from puna.server.manager import ServedModel
 from puna.server.ollama.answering import Call
 from puna.server.ollama.bodies import EmbedBody, EmbeddingsBody, JsonRoute, ModelUse
@@ -21,7 +21,7 @@ router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/api/embed", summary="Vectors of texts")
-async def embed(body: EmbedBody, service: TheService, request: Request) -> Response:
+async def embed_texts(body: EmbedBody, service: TheService, request: Request) -> Response:
     """One vector of length 1 for each text: the mean of the final hidden states. No text loads the model."""
     call = Call.of(service, body, request)
     texts = [body.input] if isinstance(body.input, str) else body.input
@@ -29,7 +29,7 @@ async def embed(body: EmbedBody, service: TheService, request: Request) -> Respo
 
 
 @router.post("/api/embeddings", summary="The vector of one text (older)", deprecated=True)
-async def embeddings(body: EmbeddingsBody, service: TheService, request: Request) -> Response:
+async def embed_prompt(body: EmbeddingsBody, service: TheService, request: Request) -> Response:
     """The same vector as /api/embed gives. No prompt loads the model."""
     call = Call.of(service, body, request)
     return Answer(_vectors(call, body, [body.prompt] if body.prompt else [], None), _embeddings_answer)
@@ -55,15 +55,9 @@ async def _vectors(
                 f"dimensions must be at most {model.llm.config.hidden_size}, the size of this model's vectors, "
                 f"found {dimensions}"
             )
-        for ids in prompts:
-            yield {"vector": _cut(await _embed(model, ids), dimensions).tolist()}
+        for vector in await embed(model, prompts, tenant=call.tenant):
+            yield {"vector": _cut(vector, dimensions).tolist()}
         yield {"model": body.model, **call.times(), "prompt_eval_count": sum(map(len, prompts))}
-
-
-async def _embed(model: ServedModel, ids: Sequence[int]) -> NDArray[np.float32]:
-    """On the engine's thread, one text at a time, so that the answers of others go on between them."""
-    llm = model.llm
-    return await model.engine_thread.call(lambda: scoring.embedding(llm.model, ids, llm.kv_type))
 
 
 def _ids(model: ServedModel, call: Call, body: ModelUse, text: str) -> list[int]:
@@ -72,7 +66,7 @@ def _ids(model: ServedModel, call: Call, body: ModelUse, text: str) -> list[int]
     ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)
     limit = min(model.llm.context_length, call.options.num_ctx or model.llm.context_length)
     if len(ids) > limit and not body.truncate:
-        raise RequestError(
+        raise ContextError(
             f"the text has {len(ids)} tokens, more than the context of {limit}; shorten it, send truncate: true to cut "
             "its end off, or choose a larger num_ctx"
         )

@@ -16,15 +16,13 @@ from puna.server.asking import Ask, ChatAsk, chat_pieces, infill_prompt, text_pi
 from puna.server.manager import ServedModel
 from puna.server.ollama.answering import (
     Call,
-    check_generation,
+    ask_of,
     joined,
     load_or_unload,
     piece_lines,
-    sampling_of,
     think_of,
 )
 from puna.server.ollama.bodies import GenerateBody, JsonRoute, no_images
-from puna.server.ollama.formats import constraint_of
 from puna.server.ollama.streaming import Answer, Line
 from puna.server.pieces import Pieces
 from puna.server.service import TheService
@@ -36,7 +34,6 @@ router = APIRouter(route_class=JsonRoute)
 async def generate(body: GenerateBody, service: TheService, request: Request) -> Response:
     """An answer to a prompt, as JSON lines or (`stream` false) one object. An empty prompt loads the model."""
     call = Call.of(service, body, request)
-    check_generation(body)
     if body.images:
         raise no_images()
     if not body.prompt and not body.suffix:
@@ -48,14 +45,7 @@ async def _lines(call: Call, body: GenerateBody) -> AsyncGenerator[Line, None]:
     text: list[str] = []
     async with call.use() as model:
         call.loaded()
-        ask = Ask(
-            sampling_of(model, call, body),
-            constraint=await constraint_of(model, body.format),
-            context_length=call.options.num_ctx,
-            truncate=bool(body.truncate),
-            tenant=call.tenant,
-        )
-        pieces = _pieces(model, body, ask)
+        pieces = _pieces(model, body, await ask_of(model, call, body))
 
         def part(response: str, thinking: str, _calls: list[Line]) -> Line:
             text.append(response)

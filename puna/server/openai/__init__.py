@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter
 
-from puna.server.openai import chat, completions, embeddings, models, tokens
+from puna.server.openai import adapters, chat, completions, embeddings, models, tokens
 
 router = APIRouter()
-for part in (models, chat, completions, embeddings, tokens):
+for part in (models, chat, completions, embeddings, tokens, adapters):
     router.include_router(part.router)

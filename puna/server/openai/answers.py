@@ -8,20 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.engine import PromptLogprob
 from puna.errors import CapacityError, PunaError
 from puna.llm import TokenLogprob
 from puna.server.http_errors import error_content
-from puna.server.pieces import (
-    EndReason,
-    Piece,
-    Pieces,
-    TextDelta,
-    ThinkingDelta,
-    ToolCallArguments,
-    ToolCallStart,
-    Usage,
-)
+from puna.server.pieces import EndReason, Piece, Pieces, Usage
 from puna.server.sending import sse, to_json
 
 DONE = sse(b"[DONE]")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.server.openai.answers import Answer, check_finished
 from puna.server.openai.logprobs import chat_logprobs
-from puna.server.pieces import Piece, TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
+from puna.server.pieces import Piece
 from puna.tokenizer import Tokenizer
 
 

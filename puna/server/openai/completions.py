@@ -63,7 +63,7 @@ def check_completion(body: CompletionBody) -> None:
         raise FieldError(f"best_of ({body.best_of}) must be at least n ({n})", "best_of")
     if body.stream and (body.best_of or n) > n:
         raise FieldError("best_of can't be streamed: the best is known only at the end", "best_of")
-    if not isinstance(body.prompt, str) and len(body.prompt) * (body.best_of or n) > MAX_ANSWERS:
+    if len(prompts_of(body)) * (body.best_of or n) > MAX_ANSWERS:
         raise FieldError(f"a request may have at most {MAX_ANSWERS} answers; send several", "prompt")
 
 
