@@ -93,10 +93,11 @@ def parse_options(options: Mapping[str, Any]) -> OllamaOptions:
     """
     given = {name: _checked(name, value) for name, value in options.items() if value is not None}
     sampling = {name: given[name] for name in _SAMPLING if name in given}
-    if given.get("num_predict", 0) > 0:
-        sampling["max_tokens"] = given["num_predict"]
-    if given.get("seed", -1) != -1:
-        sampling["seed"] = given["seed"]
+    # What stands for no limit, or no seed, must be able to lift one that a model brings along.
+    if "num_predict" in given:
+        sampling["max_tokens"] = given["num_predict"] if given["num_predict"] > 0 else None
+    if "seed" in given:
+        sampling["seed"] = given["seed"] if given["seed"] != -1 else None
     if given.get("num_ctx", 1) < 1:
         raise RequestError(f"num_ctx must be a whole number of at least 1, found {given['num_ctx']}")
     return OllamaOptions(

@@ -36,11 +36,14 @@ def test_every_option_goes_where_it_belongs() -> None:
     assert parse_options({}) == OllamaOptions()
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_predict": -1}, {"num_predict": -2}, {"seed": -1}, {"mirostat": 0}, {"tfs_z": 1}]
-)
-def test_values_that_mean_off(options: dict[str, Any]) -> None:  # fmt: skip
+@pytest.mark.parametrize("options", [{"mirostat": 0}, {"tfs_z": 1}])
+def test_values_that_mean_off(options: dict[str, Any]) -> None:
     assert parse_options(options) == OllamaOptions()
+
+
+@pytest.mark.parametrize("count", [0, -1, -2])
+def test_no_limit_and_no_seed_lift_those_of_a_model(count: int) -> None:
+    assert parse_options({"num_predict": count, "seed": -1}).sampling == {"max_tokens": None, "seed": None}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,10 @@ import pytest
 from ollama_schema import OllamaSchema
 
 from puna import LLM
+from puna.chat.tools import TextDelta, ToolCallArguments, ToolCallStart
+from puna.server.ollama.answering import ToolCalls
 from puna.server.ollama.formats import closed
+from puna.server.pieces import Piece
 from puna.store import Store
 
 GREEDY = {"temperature": 0, "num_predict": 24}
@@ -300,6 +303,51 @@ def test_thinking_is_refused_where_there_is_none(http: httpx.Client) -> None:
     assert "thinking" not in post(http, "/api/generate", **body, think=False)
 
 
+def test_reasoning_is_told_apart(http: httpx.Client, ollama_schema: OllamaSchema) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% if enable_thinking %}<think>{% endif %}"
+    )
+    body = {"model": "smollm2", "prompt": "Hi", "template": template, "options": {"temperature": 0, "num_predict": 6}}
+    thought = post(http, "/api/generate", **body, think="low", stream=False)
+    ollama_schema.check("GenerateResponse", thought)
+    assert (bool(thought["thinking"]), thought["response"]) == (True, "")
+    streamed = lines(http, "/api/generate", **body, think=True)
+    assert "".join(line.get("thinking", "") for line in streamed) == thought["thinking"]
+    assert post(http, "/api/generate", **body, think=False, stream=False)["response"]
+    for other in ({"raw": True}, {"context": [1]}):
+        error = post(
+            http,
+            "/api/generate",
+            400,
+            **{**body, "template": template if "context" in other else None},
+            **other,
+            think=True,
+        )
+        assert "exclude each other" in error["error"]
+    assert "thinking" in post(http, "/api/generate", 400, model="stories", prompt="x", think=True)["error"]
+    made = post(http, "/api/create", model="thinker", **{"from": "smollm2"}, template=template, stream=False)
+    assert made == {"status": "success"}
+    assert "thinking" in post(http, "/api/show", model="thinker")["capabilities"]
+    messages = [{"role": "user", "content": "Hi"}]
+    chat = post(
+        http, "/api/chat", model="thinker", messages=messages, think=True, stream=False, options=body["options"]
+    )
+    ollama_schema.check("ChatResponse", chat)
+    assert chat["message"] == {"role": "assistant", "content": "", "thinking": thought["thinking"]}
+    assert http.request("DELETE", "/api/delete", json={"model": "thinker"}).status_code == 200
+
+
+def test_calls_are_given_out_when_they_are_whole() -> None:
+    calls = ToolCalls()
+    assert calls.take(Piece(0, [ToolCallStart(0, "a", "f"), ToolCallArguments(0, '{"x":')])) == ([], "")
+    whole, lost = calls.take(Piece(0, [ToolCallArguments(0, " 1}"), ToolCallStart(1, "b", "g")]))
+    assert (whole, lost) == ([{"id": "a", "function": {"index": 0, "name": "f", "arguments": {"x": 1}}}], "")
+    whole, lost = calls.take(Piece(0, [TextDelta("and")]))
+    assert (whole, lost) == ([{"id": "b", "function": {"index": 1, "name": "g", "arguments": {}}}], "")
+    broken = [ToolCallStart(2, "c", "h"), ToolCallArguments(2, '{"y": "')]
+    assert calls.take(Piece(0, broken, finish_reason="length")) == ([], 'h{"y": "')
+
+
 def test_what_cannot_be_honoured_is_refused(http: httpx.Client) -> None:
     hello = {"role": "user", "content": "Hi"}
     cases: list[tuple[str, dict[str, Any], int, str]] = [
@@ -330,6 +378,22 @@ def test_any_content_type_is_json(http: httpx.Client) -> None:
     broken = http.post("/api/generate", content=body[:-1])
     assert broken.status_code == 400
     assert broken.json()["error"].startswith("the body is not JSON")
+
+
+def test_what_the_ollama_command_sends(http: httpx.Client) -> None:
+    """It is written in Go, whose JSON has fields that were never set: empty texts, null."""
+    empty = {"system": "", "template": "", "options": None}
+    assert post(http, "/api/show", model="smollm2", name="", **empty)["details"]["family"] == "llama"
+    assert post(http, "/api/generate", model="smollm2", prompt="", suffix="", **empty)["done_reason"] == "load"
+    body = {**empty, "options": {"num_predict": 1}, "context": None, "format": None, "suffix": ""}
+    assert lines(http, "/api/generate", model="smollm2", prompt="Hi", **body)[-1]["done"]
+    message = {"role": "User", "content": "Hi"}
+    assert lines(http, "/api/chat", model="smollm2", messages=[message], format=None, options={"num_predict": 1})
+    assert http.post("/api/copy", json={"source": "stories", "destination": "gone"}).status_code == 200
+    assert http.request("DELETE", "/api/delete", json={"model": "gone", "name": ""}).status_code == 200
+    pull = {"model": "missing", "username": "", "password": "", "name": "", "stream": False}
+    assert "no model named" in post(http, "/api/pull", 404, **pull)["error"]
+    assert "username" in post(http, "/api/pull", 400, **{**pull, "username": "me"})["error"]
 
 
 def test_seeds_repeat(http: httpx.Client) -> None:

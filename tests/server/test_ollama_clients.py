@@ -12,7 +12,7 @@ from typing import Any
 
 import ollama
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolCall
 from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 from pydantic import BaseModel, Field
 from running_server import RunningServer
@@ -69,6 +69,52 @@ def test_structured_output(client: ollama.Client) -> None:
     Person.model_validate_json(answer.message.content)
 
 
+def get_weather(city: str) -> str:
+    """Get the current weather of a city.
+
+    Args:
+      city: the city's name
+    """
+    return f"sunny in {city}"
+
+
+def calls_so_far() -> list[dict[str, Any]]:
+    """A small model does as was done before."""
+    messages: list[dict[str, Any]] = []
+    for city in ("Rome", "Oslo", "Lima"):
+        call = {"function": {"name": "get_weather", "arguments": {"city": city}}}
+        messages.append({"role": "user", "content": f"What is the weather in {city}?"})
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+    return [*messages, {"role": "user", "content": "What is the weather in Paris?"}]
+
+
+def test_tools(client: ollama.Client) -> None:
+    messages = calls_so_far()
+    answer = client.chat("smollm2", messages, tools=[get_weather], options=GREEDY)
+    (call,) = answer.message.tool_calls or ()
+    assert (call.function.name, call.function.arguments) == ("get_weather", {"city": "Paris"})
+    assert (answer.message.content, answer.done_reason) == ("", "stop")
+    parts = list(client.chat("smollm2", messages, tools=[get_weather], options=GREEDY, stream=True))
+    assert [c.function for part in parts for c in part.message.tool_calls or ()] == [call.function]
+    result = {"role": "tool", "content": get_weather("Paris"), "tool_name": "get_weather"}
+    final = client.chat("smollm2", [*messages, answer.message, result], tools=[get_weather], options=GREEDY)
+    assert final.done_reason in ("stop", "length")
+    broken_off = client.chat("smollm2", messages, tools=[get_weather], options={**GREEDY, "num_predict": 14})
+    assert (broken_off.done_reason, broken_off.message.tool_calls) == ("length", None)
+    assert "get_weather" in (broken_off.message.content or "")
+
+
+def test_a_models_life_with_blobs(client: ollama.Client, shared_data: Path) -> None:
+    digest = client.create_blob(shared_data / "weights" / "stories260K" / "stories260K.gguf")
+    steps = client.create("tales", files={"tales.gguf": digest}, parameters={"num_predict": 3}, stream=True)
+    assert [step.status for step in steps][-1] == "success"
+    assert client.create("more-tales", from_="tales", system="Once", license=["free"]).status == "success"
+    assert client.show("more-tales").license == "free"
+    assert client.generate("tales", "Once").eval_count == 3
+    for name in ("tales", "more-tales"):
+        assert client.delete(name).status == "success"
+
+
 def test_embeddings(client: ollama.Client) -> None:
     both = client.embed("stories", ["a cat", "a dog"]).embeddings
     assert len(both) == 2
@@ -120,6 +166,12 @@ def test_langchain(server: RunningServer) -> None:
     assert "".join(str(part.content) for part in chat.stream(messages)) == ANSWER
     history = [SystemMessage("Be brief."), *messages, AIMessage(ANSWER), HumanMessage("And 3+4?")]
     assert chat.invoke(history).content
+    earlier: list[BaseMessage] = []
+    for city in ("Rome", "Oslo", "Lima"):
+        call = ToolCall(name="get_weather", args={"city": city}, id=city)
+        earlier += [HumanMessage(f"What is the weather in {city}?"), AIMessage("", tool_calls=[call])]
+    bound = chat.bind_tools([get_weather]).invoke([*earlier, HumanMessage("What is the weather in Paris?")])
+    assert bound.tool_calls[0]["args"] == {"city": "Paris"}
     person = chat.with_structured_output(Person).invoke("Describe a person called Ann as JSON.")
     assert isinstance(person, Person)
     assert OllamaLLM(model="smollm2", base_url=server.url, temperature=0).invoke("What is 2+2?") == ANSWER

@@ -117,9 +117,9 @@ def _sampling_of(model: ServedModel, call: Call, body: Generation) -> SamplingPa
     return model.llm.sampling(**call.options.sampling, logprobs=wanted, top_logprobs=body.top_logprobs or 0)
 
 
-def think_of(model: ServedModel, body: Generation) -> bool | None:
-    """Raises RequestError when the model should think and cannot."""
-    if body.think and not thinks(model.llm):
+def think_of(body: Generation, template: str) -> bool | None:
+    """Raises RequestError when the model should think and its template has no place for it."""
+    if body.think and not thinks(template):
         raise RequestError(f"{body.model} does not support thinking; remove the field think")
     return None if body.think is None else bool(body.think)
 

@@ -35,14 +35,14 @@ class Body(BaseModel):
 
 
 class ModelBody(Body):
-    """``name`` is what older clients call the model."""
+    """``name`` is what older clients call the model. The ollama command sends both, one of them empty."""
 
-    model: str | None = Field(None, min_length=1, description="The model's name.")
-    name: str | None = Field(None, min_length=1, description="The older name of `model`.")
+    model: str | None = Field(None, description="The model's name.")
+    name: str | None = Field(None, description="The older name of `model`.")
 
     @model_validator(mode="after")
     def _one_name(self) -> ModelBody:
-        if self.model is None and self.name is None:
+        if not self.which:
             raise ValueError("model is missing: the model's name")
         return self
 
@@ -93,7 +93,7 @@ class ToolCall(Body):
 
 
 class ChatMessage(Body):
-    role: str = Field(description="system, user, assistant or tool.")
+    role: str = Field(description="system, user, assistant or tool, in either case.")
     content: str | None = None
     thinking: str | None = None
     images: list[str] | None = Field(None, description="Only empty: these models read text.")
@@ -114,7 +114,7 @@ class ChatMessage(Body):
             for call in self.tool_calls or ()
         ]
         raw = {
-            "role": self.role,
+            "role": self.role.lower(),
             "content": self.content if self.content is not None or calls else "",
             "tool_calls": calls or None,
             "tool_call_id": self.tool_call_id,
@@ -142,7 +142,7 @@ class ChatBody(Generation):
 
 
 class EmbedBody(ModelUse):
-    input: str | list[str]
+    input: str | list[str] | None = None
     dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector, scaled to length 1.")
 
 
@@ -152,6 +152,10 @@ class EmbeddingsBody(ModelUse):
 
 class ShowBody(ModelBody):
     verbose: bool | None = Field(None, description="The vocabulary too.")
+    # The ollama command sends these, and they change nothing there either.
+    system: str | None = None
+    template: str | None = None
+    options: dict[str, Any] | None = None
 
 
 class CopyBody(Body):
@@ -165,6 +169,8 @@ class DeleteBody(ModelBody):
 
 class PullBody(ModelBody):
     insecure: bool | None = Field(None, description="Allow an address without encryption.")
+    username: str | None = Field(None, max_length=0, description="Only empty: there is no registry to log in to.")
+    password: str | None = Field(None, max_length=0, description="Only empty: there is no registry to log in to.")
     stream: bool | None = None
 
 

@@ -45,7 +45,7 @@ async def _lines(call: Call, body: ChatBody) -> AsyncGenerator[Line, None]:
             **vars(await ask_of(model, call, body)),
             messages=messages,
             tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
-            think=think_of(model, body),
+            think=think_of(body, model.llm.template.source),
             continue_final_message=last["role"] == "assistant" and bool(last.get("content")),
         )
         _, pieces = await asyncio.to_thread(chat_pieces, model, ask)

@@ -8,28 +8,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from puna.chat.builtin import builtin_template
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.config import ModelConfig
-from puna.errors import StoreError, TemplateError
+from puna.errors import StoreError, TemplateError, TokenizerError
 from puna.gguf_file import read_gguf
-from puna.llm import LLM
 from puna.llm.create import modelfile_of
 from puna.model.shapes import parameter_count
 from puna.store import Manifest, Store, resolve_stored
 from puna.store.modelfile import write_modelfile
 
-_THINKING_MARKS = ("enable_thinking", "reasoning_content", "<think>", ".Think")
+_THINKING_MARKS = ("<think>", "</think>", "enable_thinking", ".Think")
 _SUFFIX_MARK = ".Suffix"
 # Metadata whose arrays are as long as the vocabulary: null unless they are asked for.
 _LONG = 100
 
 
-def thinks(llm: LLM) -> bool:
-    """Whether the model's template has a place for reasoning."""
-    try:
-        return "thinking" in _abilities(llm.template.source)
-    except TemplateError:
-        return False
+def thinks(template: str) -> bool:
+    """Whether a template has a place for reasoning."""
+    return "thinking" in _abilities(template)
 
 
 def details_of(manifest: Manifest, store: Store) -> dict[str, Any]:
@@ -42,7 +39,7 @@ def show_model(manifest: Manifest, store: Store, *, verbose: bool) -> dict[str, 
     """The answer of /api/show. Raises StoreError, CheckpointError, ConfigError."""
     path = resolve_stored(manifest, store).path
     checkpoint = open_checkpoint(path)
-    template = manifest.template or checkpoint.chat_template or ""
+    template = manifest.template or checkpoint.chat_template or _builtin(checkpoint)
     shown: dict[str, Any] = {
         "modelfile": _modelfile(manifest, store, template),
         "parameters": "\n".join(f"{name:<30} {_quoted(value)}" for name, value in _parameters(manifest)),
@@ -61,8 +58,10 @@ def show_model(manifest: Manifest, store: Store, *, verbose: bool) -> dict[str, 
 
 
 def _abilities(template: str) -> list[str]:
-    found = [("tools", ("tools", ".Tools")), ("insert", (_SUFFIX_MARK,)), ("thinking", _THINKING_MARKS)]
-    return [ability for ability, marks in found if any(mark in template for mark in marks)]
+    """Every model that can chat can be told of tools, whether its template says how or not."""
+    found = [("insert", (_SUFFIX_MARK,)), ("thinking", _THINKING_MARKS)]
+    tools = ["tools"] if template else []
+    return tools + [ability for ability, marks in found if any(mark in template for mark in marks)]
 
 
 @lru_cache(maxsize=256)
@@ -115,6 +114,14 @@ def _parameters(manifest: Manifest) -> list[tuple[str, Any]]:
         for name, given in manifest.parameters.items()
         for value in (given if isinstance(given, (list, tuple)) else [given])
     ]
+
+
+def _builtin(checkpoint: Checkpoint) -> str:
+    """The template of a model whose files hold none; empty for a base model."""
+    try:
+        return "" if checkpoint.tokenizer is None else builtin_template(checkpoint.tokenizer)
+    except (TemplateError, TokenizerError):
+        return ""
 
 
 def _modelfile(manifest: Manifest, store: Store, template: str) -> str:

@@ -24,8 +24,8 @@ router = APIRouter(route_class=JsonRoute)
 async def embed_texts(body: EmbedBody, service: TheService, request: Request) -> Response:
     """One vector of length 1 for each text: the mean of the final hidden states. No text loads the model."""
     call = Call.of(service, body, request)
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    return Answer(_vectors(call, body, texts if texts != [""] else [], body.dimensions), _embed_answer)
+    texts = body.input if isinstance(body.input, list) else [body.input] if body.input else []
+    return Answer(_vectors(call, body, texts, body.dimensions), _embed_answer)
 
 
 @router.post("/api/embeddings", summary="The vector of one text (older)", deprecated=True)

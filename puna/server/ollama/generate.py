@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ async def _lines(call: Call, body: GenerateBody) -> AsyncGenerator[Line, None]:
     text: list[str] = []
     async with call.use() as model:
         call.loaded()
-        pieces = _pieces(model, body, await ask_of(model, call, body))
+        ask = await ask_of(model, call, body)
+        pieces = await asyncio.to_thread(_pieces, model, body, ask)
 
         def part(response: str, thinking: str, _calls: list[Line]) -> Line:
             text.append(response)
@@ -62,25 +64,32 @@ async def _lines(call: Call, body: GenerateBody) -> AsyncGenerator[Line, None]:
 
 def _pieces(model: ServedModel, body: GenerateBody, ask: Ask) -> Pieces:
     """Raises RequestError, TemplateError."""
-    prompt = body.prompt or ""
+    llm, prompt = model.llm, body.prompt or ""
     if body.raw:
-        for name in ("system", "template", "context", "suffix"):
-            if getattr(body, name):
-                raise RequestError(f"{name} and raw exclude each other: a raw prompt is the whole text")
+        _refuse_beside(body, "raw", "system", "template", "context", "suffix", "think")
         return text_pieces(model, _encode(model, prompt, parse_special=True), ask)
+    source = body.template or (llm.template.source if llm.has_template else "")
+    think = think_of(body, source)
     if body.suffix:
+        _refuse_beside(body, "suffix", "system", "context", "think")
         return text_pieces(model, _around(model, body), ask)
-    if not body.template and not model.llm.has_template:
+    if not source:
         if body.system:
             raise RequestError(f"{body.model} has no template, so there is no place for system; send it in the prompt")
         ids = _encode(model, prompt, parse_special=False)
         return text_pieces(model, _after(body.context or (), ids, model), ask)
     if body.context:
+        _refuse_beside(body, "context", "think")
         return text_pieces(model, [*body.context, *_next_turn(model, body)], ask)
-    think = think_of(model, body)
-    messages = _messages(body)
-    chat = ChatAsk(**vars(ask), messages=messages, think=think, template=body.template or None)
+    chat = ChatAsk(**vars(ask), messages=_messages(body), think=think, template=body.template or None)
     return chat_pieces(model, chat)[1]
+
+
+def _refuse_beside(body: GenerateBody, field: str, *others: str) -> None:
+    """Raises RequestError when a field is given that ``field`` leaves no place for."""
+    for other in others:
+        if getattr(body, other):
+            raise RequestError(f"{other} and {field} exclude each other; remove one of them")
 
 
 def _messages(body: GenerateBody) -> list[dict[str, Any]]:

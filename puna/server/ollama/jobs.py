@@ -40,8 +40,8 @@ class _Teller:
         self._tell({"status": text})
 
     def transfer(self, label: str, done: int, total: int, speed: float) -> None:
-        digest = self._digests.get(label, label)
-        self._tell({"status": f"pulling {label}", "digest": digest, "total": total, "completed": done})
+        digest = {"digest": self._digests[label]} if label in self._digests else {}
+        self._tell({"status": f"pulling {label}", **digest, "total": total, "completed": done})
 
     def end(self, error: BaseException | None) -> None:
         self._put(error)
@@ -107,8 +107,8 @@ async def pull_model(body: PullBody, service: TheService) -> Response:
     """
     what = _source_of(body)
     entry = catalog_entry(what)
-    known = entry.sources if entry else ()
-    digests = {source.file.rpartition("/")[2]: f"sha256:{source.sha256}" for source in known if source.file}
+    files = [source for source in (entry.sources if entry else ()) if source.file and source.sha256]
+    digests = {(source.file or "").rpartition("/")[2]: f"sha256:{source.sha256}" for source in files}
     lines = work_lines(
         lambda progress: pull(what, store=service.store, progress=progress, paths=False),
         ["pulling manifest"],
