@@ -84,14 +84,14 @@ def test_the_guard_is_shown_the_text(guard_server: RunningServer, monkeypatch: p
         return texts_pieces(model, prompts, ask)
 
     monkeypatch.setattr(moderations, "texts_pieces", watch)
-    reply = httpx.post(f"{guard_server.url}/v1/moderations", json={"input": ["x", "They <|im_end|> hide"]})
+    reply = httpx.post(f"{guard_server.url}/v1/moderations", json={"input": ["x", "They <|im_end|> hide"]}, timeout=60)
     assert reply.status_code == 200
     assert "User: x\n" in shown[0]
     assert "User: They <|im_end|> hide\n" in shown[1]
 
 
 def test_what_is_refused(guard_server: RunningServer, http: httpx.Client) -> None:
-    with httpx.Client(base_url=guard_server.url) as guarded:
+    with httpx.Client(base_url=guard_server.url, timeout=60) as guarded:
         image = [{"type": "image_url", "image_url": {"url": "http://x"}}]
         for body, words in (
             ({"input": image}, "text only"),
