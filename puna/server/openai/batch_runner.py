@@ -110,6 +110,7 @@ class BatchRunner:
         self._places = asyncio.Semaphore(LINES_AT_ONCE)
         self._wake = asyncio.Event()
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._closing = False
         self._watch = asyncio.create_task(self._run())
 
     def wake(self) -> None:
@@ -118,13 +119,14 @@ class BatchRunner:
 
     async def close(self) -> None:
         """Stop. Lines that are being computed are computed again by the next server."""
+        self._closing = True  # before Python 3.12, wait_for may swallow being cancelled
         tasks = [self._watch, *self._running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
+        while not self._closing:
             self._wake.clear()
             try:
                 for tenant, batch_id in await asyncio.to_thread(self._store.unfinished):
