@@ -91,7 +91,7 @@ def test_commands_run(
 ) -> None:
     for line in with_server(blocks(page, "bash")).splitlines():
         # Fetching needs a network; `make run` does it for real, and tests/store does it against local servers.
-        if line.strip() and not line.startswith(("#", "puna pull")):
+        if line.strip() and not line.startswith(("#", "puna pull", "puna serve")):
             run(line, environment, tmp_path)
 
 

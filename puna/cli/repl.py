@@ -18,6 +18,7 @@ from puna.store.disk import disk_errors, write_text
 from puna.store.store import default_home
 
 if TYPE_CHECKING:
+    from puna.cli.remote import RemoteModel
     from puna.llm import LLM, Chunk
 
 HELP = """\
@@ -44,7 +45,7 @@ class Repl:
 
     def __init__(
         self,
-        llm: LLM,
+        llm: LLM | RemoteModel,
         model: str,
         *,
         system: str | None = None,
@@ -53,8 +54,12 @@ class Repl:
         sampling: dict[str, Any] | None = None,
         verbose: bool = False,
         read: Callable[[str], str] | None = None,
+        open_model: Callable[[str], LLM | RemoteModel] | None = None,
     ) -> None:
-        """``read(prompt)`` gives the next line and raises EOFError at the end; by default it is the terminal's."""
+        """``read(prompt)`` gives the next line and raises EOFError at the end; by default it is the terminal's.
+
+        ``open_model`` is how ``/load MODEL`` gets one; by default, it is loaded here.
+        """
         self.llm = llm
         self.model = model
         self.system = system
@@ -64,6 +69,7 @@ class Repl:
         self.verbose = verbose
         self.messages: list[dict[str, Any]] = []
         self._read = read or terminal_reader()
+        self._open_model = open_model or _load_here
 
     def run(self) -> None:
         """Read and answer until the user leaves."""
@@ -191,8 +197,16 @@ class Repl:
         elif part == "system":
             click.echo(self.system or "")
         else:
-            from puna.cli.show import show
+            self._show_model(part)
 
+    def _show_model(self, part: str) -> None:
+        from puna.cli.remote import RemoteModel
+        from puna.cli.show import show
+
+        if isinstance(self.llm, RemoteModel):
+            facts = self.llm.remote.show(self.model)
+            click.echo(json.dumps(facts.get("details"), indent=1) if not part else str(facts.get(part, "")))
+        else:
             arguments = [self.model, *([f"--{part}"] if part else [])]
             show.main(arguments, standalone_mode=False)
 
@@ -217,11 +231,15 @@ class Repl:
         click.echo(f"Loaded the conversation {name}: {len(messages)} messages with {model}.")
 
     def _load_model(self, name: str) -> None:
-        from puna.llm import LLM
-
-        self.llm = LLM.load(name)
+        self.llm = self._open_model(name)
         self.model = name
         self.adapter = None  # it was the other model's
+
+
+def _load_here(name: str) -> LLM:
+    from puna.llm import LLM
+
+    return LLM.load(name)
 
 
 def terminal_reader() -> Callable[[str], str]:

@@ -12,6 +12,7 @@ import click
 from puna.cli.options import (
     context_option,
     format_constraint,
+    host_option,
     json_option,
     kv_type_option,
     ops_option,
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from puna.llm import Chunk
+
+_HERE_ONLY = (
+    *("threads", "ops", "kv_type", "speculative", "draft_model", "packed", "cache_dir", "cache_size"),
+    "explain_prompt",
+)
 
 
 @click.command()
@@ -46,6 +52,7 @@ if TYPE_CHECKING:
 @speculative_options
 @click.option("--no-packed", "packed", flag_value=False, default=True, help="Ignore the model's packed file.")
 @prefix_cache_options
+@host_option
 @json_option
 def run(
     model: str,
@@ -65,18 +72,31 @@ def run(
     packed: bool,
     cache_dir: str | None,
     cache_size: int,
+    host: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Answer PROMPT with MODEL, or open a chat when there is none.
 
+    With --host or PUNA_HOST, a running server does it; without, MODEL is loaded here.
+
     What is piped in is added to the prompt: cat notes.txt | puna run smollm2 "Summarise this:"
     """
-    from puna.llm import LLM
+    from puna.cli.remote import server_url
 
     text = _with_piped_input(" ".join(prompt))
     if text is None and not _on_a_terminal():
         raise click.UsageError("there is no prompt, and no terminal to chat on")
+    url = server_url(host, "PUNA_HOST")
+    if url is not None:
+        from puna.cli.run_remote import run_remote
+
+        _refuse_here_only(url)
+        values = sampling_values(options)
+        run_remote(url, model, text, values, context_length, system, answer_format, raw, verbose, as_json)
+        return
+    from puna.llm import LLM
+
     started = time.perf_counter()
     llm = LLM.load(
         model,
@@ -140,6 +160,15 @@ def show_answer(chunks: Iterator[Chunk], *, quiet: bool = False) -> tuple[str, C
         sys.stdout.write("\n")
         sys.stdout.flush()
     return "".join(pieces), chunk
+
+
+def _refuse_here_only(url: str) -> None:
+    """Options of a model that is loaded here do nothing at a server: say so instead of ignoring them."""
+    for name in _HERE_ONLY:
+        source = click.get_current_context().get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = "--no-packed" if name == "packed" else f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} has no meaning for the server at {url}; remove it, or --host and PUNA_HOST")
 
 
 def _on_a_terminal() -> bool:

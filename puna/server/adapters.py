@@ -94,7 +94,7 @@ class Adapters:
         self._added[adapter.base, adapter.name] = adapter
 
     def remove(self, adapter: ServedAdapter) -> None:
-        del self._added[adapter.base, adapter.name]
+        self._added.pop((adapter.base, adapter.name), None)
 
     def find(self, text: str) -> ServedAdapter:
         """One that was added, by its own name or by ``base:adapter``. Raises RequestError."""

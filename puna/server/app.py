@@ -18,7 +18,7 @@ from puna.server.gauges import ModelGauges
 from puna.server.http_errors import install_error_handlers
 from puna.server.keys import KeyFile, Keys
 from puna.server.limits import LimitRequests, Limits
-from puna.server.logs import RequestLog, logger
+from puna.server.logs import RequestLog
 from puna.server.manager import Manager
 from puna.server.ollama import router as ollama_router
 from puna.server.service import Service
@@ -31,23 +31,21 @@ ROUTERS = [health.router, ollama_router, openai.router]
 def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | None = None) -> FastAPI:
     """The ASGI application. ``ops`` defaults to this machine's best. Raises StoreError when the keys can't be read."""
     models = store or Store()
-    keys = Keys(settings.api_keys, KeyFile(models), logger.warning)
+    keys = Keys(settings.api_keys, KeyFile(models))
     accounting = Accounting(limits=Limits(keys, settings.parallel + settings.max_queue))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         thread = EngineThread()
         manager = Manager(models, settings, thread, ops, accounting)
-        service = app.state.service = Service(settings, models, thread, manager, accounting)
-        gauges = ModelGauges(manager.loaded)
-        accounting.metrics.registry.register(gauges)
+        app.state.service = Service(settings, models, thread, manager, accounting)
         try:
             yield
         finally:
-            accounting.metrics.registry.unregister(gauges)
-            await service.close()
+            await app.state.service.close()
 
     app = FastAPI(title="Puna", version=puna.__version__, lifespan=lifespan)
+    accounting.metrics.registry.register(ModelGauges(app))
     install_error_handlers(app)
     # Each wraps those before it: the log comes first, and sees what the others refuse.
     app.add_middleware(LimitRequests, limits=accounting.limits)

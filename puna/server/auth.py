@@ -31,10 +31,10 @@ class Auth:
         key: Key | None = None
         required = self.keys.required
         if required:
-            secret = _secret(scope)
-            key = self.keys.find(secret) if secret else None
+            secrets = _secrets(scope)
+            key = next(filter(None, map(self.keys.find, secrets)), None)
             if key is None and policy != "open":
-                message = "the key is not one of this server's" if secret else _MISSING
+                message = "the key is not one of this server's" if secrets else _MISSING
                 return await refuse(scope, receive, send, 401, message, {"WWW-Authenticate": "Bearer"})
             if key is not None and policy == "admin" and key.scope != "admin":
                 message = f"the key {key.name} may use models, but this needs a key of the scope admin"
@@ -62,13 +62,14 @@ Tenant = Annotated[str, Depends(tenant_of)]
 IsAdmin = Annotated[bool, Depends(is_admin)]
 
 
-def _secret(scope: Scope) -> bytes:
-    """The key that a request has: OpenAI's and ollama's clients send a bearer token, Anthropic's x-api-key."""
+def _secrets(scope: Scope) -> list[bytes]:
+    """The keys that a request has: a bearer token as OpenAI and ollama have it, Anthropic's x-api-key, or both."""
+    found = []
     for name, value in scope["headers"]:
-        if name == b"x-api-key" and value.strip():
-            return bytes(value.strip())
-        if name == b"authorization":
+        if name == b"x-api-key":
+            found.append(value.strip())
+        elif name == b"authorization":
             kind, _, token = value.partition(b" ")
-            if kind.lower() == b"bearer" and token.strip():
-                return bytes(token.strip())
-    return b""
+            if kind.lower() == b"bearer":
+                found.append(token.strip())
+    return [secret for secret in found if secret]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
+from fastapi import FastAPI
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from puna.server.manager import ServedModel
+from puna.server.service import Service
 
 
 class ModelGauges(Collector):
     """Lengths may be a step old: the engine's thread goes on meanwhile."""
 
-    def __init__(self, loaded: Callable[[], Sequence[ServedModel]]) -> None:
-        self._loaded = loaded
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
 
     def describe(self) -> Iterable[Metric]:
         return _families()
@@ -22,7 +23,8 @@ class ModelGauges(Collector):
     def collect(self) -> Iterable[Metric]:
         families = _families()
         running, waiting, usage, memory = families
-        for model in self._loaded():
+        service: Service | None = getattr(self._app.state, "service", None)
+        for model in service.manager.loaded() if service is not None else ():
             scheduler = model.llm.engine.scheduler
             pool = scheduler.pool
             running.add_metric([model.name], len(scheduler.running))

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -24,6 +25,7 @@ from puna.store.disk import disk_errors, sync_folder
 from puna.store.lock import file_lock
 
 KeyScope = Literal["inference", "admin"]
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "max_tokens")
 
@@ -136,11 +138,10 @@ class Keys:
     Once there was a key, one is required until the server ends: removing the last one must not open it to everybody.
     """
 
-    def __init__(self, secrets: Sequence[str] = (), file: KeyFile | None = None, warn: Callable[[str], None] = print):
+    def __init__(self, secrets: Sequence[str] = (), file: KeyFile | None = None) -> None:
         """Keys it is started with may do everything, and are named after their place. Raises what reading raises."""
         self._started_with = [Key(f"api-key:{i}", "admin", digest_of(s.encode())) for i, s in enumerate(secrets, 1)]
         self._file = file
-        self._warn = warn
         self._version = None if file is None else file.version()
         self._keys = [*self._started_with, *([] if file is None else file.read())]
         self._seen = bool(self._keys)
@@ -175,7 +176,7 @@ class Keys:
             self._version = version
             self._keys = [*self._started_with, *self._file.read()]
         except StoreError as error:
-            self._warn(f"the keys stay as they were: {error}")
+            _log.warning("the keys stay as they were: %s", error)
             return
         self._seen = self._seen or bool(self._keys)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from puna.server.policy import body_limit, policy_of
 
 Clock = Callable[[], float]
 RETRY_SECONDS = 1
+BODY_SECONDS = 60.0
+HEADER_LIMIT = 1 << 16  # where the HTTP parser has none of its own
+_CLOSE = {"Connection": "close"}
 _WHILE_DRAINING = ("/livez", "/health", "/metrics")
 
 
@@ -112,6 +116,8 @@ class LimitRequests:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         limits = self.limits
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_LIMIT:
+            return await refuse(scope, receive, send, 431, f"the headers are longer than {HEADER_LIMIT} bytes", _CLOSE)
         if limits.draining and scope["path"] not in _WHILE_DRAINING:
             headers = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
             return await refuse(scope, receive, send, 503, "the server is stopping", headers)
@@ -132,37 +138,46 @@ class LimitRequests:
             limits.in_server -= 1
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the request with a body that is no longer than its route's limit."""
+        """Run the request with a body that is no longer than its route's limit, and that keeps coming."""
         limit = body_limit(scope["path"])
-        message = f"the body is longer than {limit} bytes; send less"
+        too_long = 413, f"the body is longer than {limit} bytes; send less"
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > limit):
-            return await refuse(scope, receive, send, 413, message, {"Connection": "close"})
+            return await refuse(scope, receive, send, *too_long, _CLOSE)
         size = 0
-        started = False
+        whole = started = False
+        problem: tuple[int, str] | None = None
 
         async def receiving() -> Message:
-            nonlocal size
-            part = await receive()
+            nonlocal size, whole, problem
+            if whole:  # what comes now is that the client leaves
+                return await receive()
+            try:
+                part = await asyncio.wait_for(receive(), BODY_SECONDS)
+            except asyncio.TimeoutError:
+                problem = 408, f"nothing of the body came for {BODY_SECONDS} seconds"
+                raise _BadBody from None
+            whole = not part.get("more_body", False)
             size += len(part.get("body", b""))
             if size > limit:
-                raise _TooLong
+                problem = too_long
+                raise _BadBody
             return part
 
         async def sending(part: Message) -> None:
             nonlocal started
-            # A route that turned _TooLong into an error of its own is corrected here.
-            if size > limit and not started:
-                raise _TooLong
+            # A route that turned _BadBody into an error of its own is corrected here.
+            if problem is not None and not started:
+                raise _BadBody
             started = True
             await send(part)
 
         try:
             await self.app(scope, receiving, sending)
-        except _TooLong:
-            if not started:
-                await refuse(scope, receive, send, 413, message, {"Connection": "close"})
+        except _BadBody:
+            if problem is not None and not started:
+                await refuse(scope, receive, send, *problem, _CLOSE)
 
 
-class _TooLong(Exception):
-    """A body went on after its limit."""
+class _BadBody(Exception):
+    """A body went on after its limit, or did not go on."""

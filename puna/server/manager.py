@@ -206,7 +206,7 @@ class Manager:
         """
         if wanted is None and self.settings.context_length is None:
             return None
-        usual = self.settings.context_length or parse_options(manifest.parameters).num_ctx or DEFAULT_CONTEXT
+        usual = parse_options(manifest.parameters).num_ctx or self.settings.context_length or DEFAULT_CONTEXT
         longest = open_checkpoint(found.path).config.max_position_embeddings
         return min(max(wanted or 0, usual), longest)
 

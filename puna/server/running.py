@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
     end of their time, or at a second signal, what still runs is cancelled.
     """
 
-    def __init__(self, app: FastAPI, settings: ServerSettings, drain_seconds: float = DRAIN_SECONDS) -> None:
+    def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
         config = uvicorn.Config(
             app,
             ssl_certfile=settings.tls_cert,
@@ -79,7 +79,6 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._app = app
-        self._drain_seconds = drain_seconds
         self._deadline: float | None = None
 
     @property
@@ -92,7 +91,7 @@ class Server(uvicorn.Server):
         if not self.started:
             super().handle_exit(sig, frame)
         elif self._deadline is None:
-            self._deadline = time.monotonic() + self._drain_seconds
+            self._deadline = time.monotonic() + DRAIN_SECONDS
             self._service.accounting.limits.draining = True
         else:
             self._deadline = 0.0

@@ -36,6 +36,8 @@ def test_keys_open_what_their_scope_allows(keyed: tuple[httpx.Client, str]) -> N
     }
     assert client.post("/api/show", json="x", headers={"x-api-key": "root"}).json()["is_admin"]
     assert client.post("/api/pull", headers={"authorization": "bearer root"}).status_code == 200
+    both = {"x-api-key": "another service's", "Authorization": "Bearer root"}
+    assert client.post("/api/pull", headers=both).status_code == 200
     refused = client.post("/api/pull", headers=bearer)
     assert refused.status_code == 403
     assert refused.json() == {"error": "the key alice may use models, but this needs a key of the scope admin"}
@@ -50,7 +52,7 @@ def test_keys_open_what_their_scope_allows(keyed: tuple[httpx.Client, str]) -> N
         {"Authorization": "Basic root"},
         {"Authorization": "root"},
         {"x-api-key": ""},
-        {"x-api-key": "wrong", "Authorization": "Bearer root"},
+        {"x-api-key": "wrong", "Authorization": "Bearer wrong too"},
     ],
 )
 @pytest.mark.parametrize("path", ["/api/show", "/api/pull", "/api/generate", "/metrics", "/v1/messages", "/nothing"])

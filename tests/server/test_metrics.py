@@ -41,7 +41,9 @@ def test_every_answer_is_counted_once(server: GuardedServer) -> None:
         while client.post("/api/generate", json={"max_tokens": 0}).status_code != 400:
             pass
         found = scrape(client)
-        while found.get(("puna_requests_finished_total", (("finish_reason", "cancelled"), *MODEL.items()))) != 1:
+        # The client's leaving is seen by the server first, and by the engine at its next step.
+        cancelled = "puna_requests_finished_total", (("finish_reason", "cancelled"), *MODEL.items())
+        while found.get(cancelled) != 1 or found["puna_requests_running", tuple(MODEL.items())]:
             found = scrape(client)
 
     def value(name: str, **labels: str) -> float:
@@ -74,8 +76,9 @@ def test_what_clients_invent_makes_no_new_labels(server: GuardedServer) -> None:
         for i in range(5):
             client.get(f"/nothing/{i}")
             client.request(f"BREW{i}", "/livez")
+            client.get(f"/v1/models/none-{i}")
         http = [labels for name, labels in scrape(client) if name == "puna_http_requests_total"]
-    assert {dict(labels)["route"] for labels in http} <= {"unmatched", "/livez", "/metrics"}
+    assert {dict(labels)["route"] for labels in http} <= {"unmatched", "/livez", "/metrics", "/v1/models/{model:path}"}
     assert {dict(labels)["method"] for labels in http} <= {"GET", "other"}
 
 

@@ -17,6 +17,7 @@ from tiny_models import random_adapter
 
 from puna.llm import LLM
 from puna.llm.create import create
+from puna.server.policy import policy_of
 from puna.store import Store
 
 BODY = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 40}
@@ -120,6 +121,11 @@ def test_what_is_no_adapter_is_refused(http: httpx.Client, folder: Path, name: s
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
     assert "stories:x" not in [model["id"] for model in http.get("/v1/models").json()["data"]]
+
+
+def test_only_an_admin_may_load_and_unload() -> None:
+    for name in ("load", "unload"):
+        assert policy_of("POST", f"/v1/{name}_lora_adapter") == "admin"
 
 
 def test_a_server_without_a_folder_takes_no_paths(server: RunningServer, folder: Path) -> None:

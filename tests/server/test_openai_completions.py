@@ -106,7 +106,7 @@ def test_the_best_of_several_is_the_one_that_the_model_finds_most_probable(http:
     all_four = post(http, body)["choices"]
 
     def mean(choice: Any) -> float:
-        values = choice["logprobs"]["token_logprobs"]
+        values: list[float] = choice["logprobs"]["token_logprobs"]
         return sum(values) / len(values)
 
     best = post(http, {**body, "n": 2, "best_of": 4})["choices"]

@@ -11,9 +11,10 @@ from openai.lib.streaming.chat._completions import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 from openai_schemas import check
 
+from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.server.openai.answers import Answer
 from puna.server.openai.chat_format import chat_choice, chat_deltas, opening_delta
-from puna.server.pieces import Piece, TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
+from puna.server.pieces import Piece
 
 NO_TOKENIZER: Any = SimpleNamespace()
 PIECES = [

@@ -158,7 +158,7 @@ async def create_chat_completion(body: ChatBody, request: Request, service: TheS
 async def _whole(service: Service, body: ChatBody, tenant: str) -> Response:
     async with chat_answers(service, body, tenant) as (model, pieces):
         answers = await collect(pieces)
-    tokenizer = model.llm.tokenizer
+        tokenizer = model.llm.tokenizer
     choices = [chat_choice(i, answer, tokenizer, bool(body.logprobs)) for i, answer in enumerate(answers)]
     usage = usage_json([answer.usage for answer in answers], len(answers))
     response = {**header("chatcmpl", "chat.completion", body.model), "choices": choices, "usage": usage}
