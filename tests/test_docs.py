@@ -35,7 +35,7 @@ def environment(smollm2_path: Path, tmp_path: Path) -> dict[str, str]:
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m puna "$@"\n')
     program.chmod(0o755)
     # So that curl's exit code tells of an HTTP error.
-    (tmp_path / ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")
+    (tmp_path / ".curlrc").write_text("fail\nsilent\nshow-error\n")
     paths = {"PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "CURL_HOME": str(tmp_path)}
     return {**os.environ, **paths, "PUNA_HOME": str(home)}
 
