@@ -208,6 +208,7 @@ def test_the_count_is_that_of_the_message(client: anthropic.Anthropic) -> None:
     assert counted == usage.input_tokens + usage.cache_read_input_tokens
 
 
+CALL = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
 BASE = {"model": "smollm2", "max_tokens": 5, "messages": QUESTION}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
 
@@ -225,6 +226,8 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "image, which is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "no tool_use"),
         ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "messages.0.content.0"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": [CALL]}]}, "messages.1 calls tools"),
+        ({"messages": [{"role": "user", "content": [CALL]}]}, "a user's message can't hold"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "only custom tools"),
         ({"tools": [{"name": "x"}]}, "input_schema"),
         ({"tool_choice": {"type": "any"}}, "no tools"),

@@ -73,6 +73,8 @@ def _conversation(body: CountRequest) -> list[Message]:
             found += _user(message, where, names)
         else:
             found.append(Message("system", _text(message.content, where, "a system's")))
+    if found[-1].tool_calls:
+        raise RequestError(f"messages.{len(body.messages) - 1} calls tools; send their tool_result blocks after it")
     return found
 
 
