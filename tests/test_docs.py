@@ -35,7 +35,7 @@ def environment(smollm2_path: Path, tmp_path: Path) -> dict[str, str]:
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m puna "$@"\n')
     program.chmod(0o755)
     # So that curl's exit code tells of an HTTP error.
-    (tmp_path / ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")
+    (tmp_path / ".curlrc").write_text("fail\nsilent\nshow-error\n")
     paths = {"PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "CURL_HOME": str(tmp_path)}
     return {**os.environ, **paths, "PUNA_HOME": str(home)}
 
@@ -51,9 +51,9 @@ def with_server(environment: dict[str, str], tmp_path: Path) -> Iterator[Callabl
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        environment["PUNA_HOST"] = address  # of the server, and of commands that look for one
         command = [sys.executable, "-m", "puna", "serve"]
-        running.append(subprocess.Popen(command, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL))
+        ours = {**environment, "PUNA_HOST": address}
+        running.append(subprocess.Popen(command, env=ours, cwd=tmp_path, stdin=subprocess.DEVNULL))
         while not _answers(f"http://{address}/readyz"):
             assert running[-1].poll() is None, "the server did not start"
             time.sleep(0.05)

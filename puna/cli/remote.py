@@ -127,7 +127,8 @@ class RemoteModel:
         return self._chunks("/api/generate", body, lambda line: line.get("response", ""))
 
     def _common(self, constraint: Any, options: dict[str, Any]) -> dict[str, Any]:
-        options.pop("stream", None)  # an answer always comes as it is made
+        for name in ("stream", "adapter"):  # an answer always comes as it is made; an adapter is named with its model
+            options.pop(name, None)
         chosen = _options(options)
         if self.context_length is not None:
             chosen["num_ctx"] = self.context_length

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _HERE_ONLY = (
     *("threads", "ops", "kv_type", "speculative", "draft_model", "packed", "cache_dir", "cache_size"),
-    "explain_prompt",
+    *("adapter", "explain_prompt"),
 )
 
 

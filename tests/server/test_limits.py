@@ -15,6 +15,7 @@ import pytest
 from guarded_server import GuardedServer
 from hypothesis import given
 from hypothesis import strategies as st
+from running_server import RunningServer
 
 from puna.errors import RequestError
 from puna.server import limits as limits_module
@@ -256,3 +257,42 @@ def test_headers_too_long_are_refused(plain: httpx.Client) -> None:
     with suppress(httpx.TransportError):  # the server may close while the client still writes
         assert plain.get("/livez", headers={"x-long": "y" * 200_000}).status_code in (400, 431)
     assert plain.get("/livez").status_code == 200
+
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/generate", {"prompt": "Hello", "options": {"num_predict": 4}}),
+        ("/api/chat", {"messages": MESSAGES, "options": {"num_predict": 4}}),
+        ("/v1/completions", {"prompt": "Hello", "max_tokens": 4}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 4}),
+    ],
+)
+def test_every_api_tells_whom_it_generates_for(
+    path: str, body: dict[str, object], smollm2_path: Path, tmp_path: Path
+) -> None:
+    """Else the limits of a key would not reach its answers."""
+    store = Store(tmp_path, notify=lambda _: None)
+    import_file(smollm2_path, "smollm2", store=store)
+    file = KeyFile(store)
+    short, counted = file.add("short", max_tokens=3), file.add("counted", tokens_per_minute=5)
+    with RunningServer(store) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        sent = {"model": "smollm2", "stream": False, **body}
+        refused = client.post(path, json=sent, headers={"x-api-key": short})
+        assert refused.status_code == 400
+        assert "the key short may have at most 3 tokens" in refused.text
+        assert client.post(path, json=sent, headers={"x-api-key": counted}).status_code == 200
+        assert client.post(path, json=sent, headers={"x-api-key": counted}).status_code == 429
+
+
+@pytest.mark.parametrize("path", ["/api/embed", "/v1/embeddings"])
+def test_texts_that_become_vectors_count_too(path: str, shared_data: Path, tmp_path: Path) -> None:
+    store = stories(tmp_path, shared_data)
+    headers = {"x-api-key": KeyFile(store).add("counted", tokens_per_minute=5)}
+    with RunningServer(store) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        body = {"model": "stories", "input": "Once upon a time there was a girl"}
+        assert client.post(path, json=body, headers=headers).status_code == 200
+        assert client.post(path, json=body, headers=headers).status_code == 429

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from puna.server.asking import ChatAsk, chat_pieces
-from puna.server.ollama.answering import (
-    Call,
-    ask_of,
-    joined,
-    load_or_unload,
-    piece_lines,
-    think_of,
-)
+from puna.server.ollama.answering import Call, ask_of, joined, load_or_unload, piece_lines, think_of
 from puna.server.ollama.bodies import ChatBody, JsonRoute
 from puna.server.ollama.streaming import Answer, Line
 from puna.server.service import TheService
@@ -49,8 +43,9 @@ async def _lines(call: Call, body: ChatBody) -> AsyncGenerator[Line, None]:
             continue_final_message=last["role"] == "assistant" and bool(last.get("content")),
         )
         _, pieces = await asyncio.to_thread(chat_pieces, model, ask)
-        async for line in piece_lines(call, model, body, pieces, _part, dict):
-            yield line
+        async with aclosing(piece_lines(call, model, body, pieces, _part, dict)) as lines:
+            async for line in lines:
+                yield line
 
 
 def _part(content: str, thinking: str, calls: list[Line]) -> Line:

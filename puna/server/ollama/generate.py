@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,14 +16,7 @@ from puna.chat.template import Template
 from puna.errors import RequestError
 from puna.server.asking import Ask, ChatAsk, chat_pieces, infill_prompt, text_pieces
 from puna.server.manager import ServedModel
-from puna.server.ollama.answering import (
-    Call,
-    ask_of,
-    joined,
-    load_or_unload,
-    piece_lines,
-    think_of,
-)
+from puna.server.ollama.answering import Call, ask_of, joined, load_or_unload, piece_lines, think_of
 from puna.server.ollama.bodies import GenerateBody, JsonRoute, no_images
 from puna.server.ollama.streaming import Answer, Line
 from puna.server.pieces import Pieces
@@ -58,8 +52,9 @@ async def _lines(call: Call, body: GenerateBody) -> AsyncGenerator[Line, None]:
                 return {}
             return {"context": [*pieces.requests[0].prompt_ids, *model.llm.tokenizer.encode("".join(text))]}
 
-        async for line in piece_lines(call, model, body, pieces, part, last):
-            yield line
+        async with aclosing(piece_lines(call, model, body, pieces, part, last)) as lines:
+            async for line in lines:
+                yield line
 
 
 def _pieces(model: ServedModel, body: GenerateBody, ask: Ask) -> Pieces:
