@@ -25,7 +25,7 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-MAY_IMPORT_TORCH: set[str] = set()
+MAY_IMPORT_TORCH = {"ops/torch_ops.py", "ops/torch_weights.py"}
 HEAVY = (
     "torch",
     "transformers",
