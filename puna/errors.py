@@ -51,3 +51,7 @@ class CapacityError(PunaError):
 
 class AccessError(PunaError):
     """A key is missing, wrong, or not allowed to do this."""
+
+
+class TrainingError(PunaError):
+    """A training run asks for something impossible, or had to stop."""

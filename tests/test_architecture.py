@@ -21,11 +21,18 @@ LAYERS = [
     {"model"},
     {"engine", "chat", "store"},
     {"llm"},
-    {"server"},
+    {"server", "train"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-MAY_IMPORT_TORCH = {"ops/torch_ops.py", "ops/torch_weights.py"}
+MAY_IMPORT_TORCH = {
+    "ops/torch_ops.py",
+    "ops/torch_weights.py",
+    "train/losses.py",
+    "train/module.py",
+    "train/preferences.py",
+    "train/trainer.py",
+}
 HEAVY = (
     "torch",
     "transformers",

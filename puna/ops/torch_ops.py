@@ -38,7 +38,7 @@ from puna.tensor import LowRank, Weight
 Angles = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class NoCache:
     """In place of a key/value cache: every sequence of the batch is whole, so its context is the batch's own tokens."""
 
@@ -99,18 +99,20 @@ class TorchOps:
         self._token_adapters: Tensor | None = None
 
     def weight(self, weight: Weight) -> Tensor | EncodedMatrix:
-        """Vectors and matrices of ``dtype`` become tensors of it, other matrices stay encoded."""
-        if len(weight.shape) == 2 and FLOAT_DTYPES.get(weight.type.name) != self.dtype:
+        """Vectors and matrices of ``dtype`` become tensors, other matrices stay encoded."""
+        if len(weight.shape) != 2:
+            return self.numbers(weight, self._wide)
+        if FLOAT_DTYPES.get(weight.type.name) != self.dtype:
             return EncodedMatrix(weight.type, as_tensor(weight.data).to(self.device), self._decode)
         return self.numbers(weight)
 
-    def numbers(self, weight: Weight) -> Tensor:
-        """Any weight as a tensor of ``dtype``, which may share the memory of a mapped file."""
+    def numbers(self, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
+        """Any weight as a tensor of ``dtype``, these ops' own by default; it may share the memory of a mapped file."""
         if (kind := FLOAT_DTYPES.get(weight.type.name)) is not None:
             values = as_tensor(weight.data).view(kind)
         else:
             values = as_tensor(self._decode(weight) if len(weight.shape) == 2 else weight.dequantize())
-        return values.reshape(weight.shape).to(self.device, self.dtype)
+        return values.reshape(weight.shape).to(self.device, dtype or self.dtype)
 
     def low_rank(self, change: LowRank) -> tuple[Tensor, Tensor, float]:
         a, b = (as_tensor(matrix).to(self.device, self.dtype) for matrix in (change.a, change.b))

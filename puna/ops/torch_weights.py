@@ -36,6 +36,10 @@ class EncodedMatrix:
     decoder: Decode
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.data), self.columns
+
+    @property
     def columns(self) -> int:
         return self.data.shape[1] // self.kind.block_bytes * self.kind.block_size
 
