@@ -32,6 +32,7 @@ MAY_IMPORT_TORCH = {
     "train/module.py",
     "train/preferences.py",
     "train/trainer.py",
+    "train/training_state.py",
 }
 HEAVY = (
     "torch",
