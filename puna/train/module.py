@@ -72,8 +72,9 @@ class LlamaModule(nn.Module):
     """A model under training. Trained weights are float32 (float64 under float64 ops) whatever ``ops`` compute in.
 
     Frozen weights are taken over without a copy where ``ops`` can use the file's own bytes, quantized ones always.
-    ``recompute`` computes each layer again in the backward pass, so that only what is between layers is kept (Chen et
-    al. 2016). Raises TrainingError when nothing would be trained.
+    ``adapted`` are the names of the matrices that LoRA changes. ``recompute`` computes each layer again in the backward
+    pass, so that only what is between layers is kept (Chen et al. 2016). Raises TrainingError when nothing would be
+    trained.
     """
 
     def __init__(
