@@ -89,7 +89,9 @@ def _files_of(folder: Path) -> list[Path]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{folder.name}/dataset_dict.json must list the splits")
         if len(names) != 1:
-            raise DataError(f"{folder.name} holds the splits {', '.join(names)}; give one of them, as {folder / 'train'}")
+            raise DataError(
+                f"{folder.name} holds the splits {', '.join(names)}; give one of them, as {folder / 'train'}"
+            )
         return _files_of(_inside(folder, names[0]))
     state = _read_json(folder / "state.json")
     listed = None if state is None else state.get("_data_files")

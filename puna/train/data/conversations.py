@@ -68,7 +68,9 @@ def parse_tools(raw: Any, field: str = "tools") -> tuple[dict[str, Any], ...]:
         try:
             raw = json.loads(raw) if raw.strip() else []
         except (ValueError, RecursionError):
-            raise DataError(f"{field} must be a list of tools, or that list as JSON text; the text is not JSON") from None
+            raise DataError(
+                f"{field} must be a list of tools, or that list as JSON text; the text is not JSON"
+            ) from None
     if raw is None:
         return ()
     wrapped = [
@@ -124,11 +126,15 @@ def _calls(text: Any, where: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError):
-        raise DataError(f'{where} must be a call as JSON text, {{"name": …, "arguments": {{…}}}}; it is not JSON') from None
+        raise DataError(
+            f'{where} must be a call as JSON text, {{"name": …, "arguments": {{…}}}}; it is not JSON'
+        ) from None
     calls = found if isinstance(found, list) else [found]
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise DataError(f'{where} must be a call as JSON text, {{"name": …, "arguments": {{…}}}}, found {call!r:.80}')
+            raise DataError(
+                f'{where} must be a call as JSON text, {{"name": …, "arguments": {{…}}}}, found {call!r:.80}'
+            )
     return [
         {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
         for call in calls

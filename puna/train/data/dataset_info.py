@@ -48,5 +48,5 @@ def read_dataset_info(path: Path, name: str) -> tuple[Path, dict[str, str]]:
     if columns == {"prompt": "text"}:  # its way of saying plain text
         return path.parent / file, {}
     fields = {**_FIELDS[formatting], **_EVERYWHERE}
-    known = {fields[key]: column for key, column in columns.items() if key in fields}
-    return path.parent / file, {field: column for field, column in known.items() if field != column}
+    renamed = {fields[key]: column for key, column in columns.items() if key in fields}
+    return path.parent / file, {field: column for field, column in renamed.items() if field != column}

@@ -1,7 +1,8 @@
 """The formats of training data: which fields a row of each has, and what they mean.
 
 Sources: LLaMA-Factory's data README (alpaca, ShareGPT, preference and KTO forms), OpenAI's fine-tuning guide
-(``messages``), TRL's dataset formats (``prompt``/``completion``, ``chosen``/``rejected``, ``label``), Anthropic's hh-rlhf.
+(``messages``), TRL's dataset formats (``prompt``/``completion``, ``chosen``/``rejected``, ``label``), Anthropic's
+hh-rlhf.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from puna.train.data.conversations import Turn, conversation, parse_tools, parse
 from puna.train.data.examples import Continuation, Conversation, Example, Labelled, Preference, Sample
 from puna.train.data.rows import Row
 
-_LABELS = ("label", "kto_tag")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -47,13 +47,18 @@ def detect(rows: Sequence[Row]) -> Format:
         raise DataError("the file holds no rows")
     # Some fields are in some rows only: history, system, tools.
     present = {field for row in rows for field, value in row.items() if value is not None}
+    if "kto_tag" in present:
+        present.add("label")
     for form in FORMATS.values():
         if present.issuperset(form.fields) and (form.name != "hh-rlhf" or _looks_like_hh(rows)):
             return form
     raise DataError(
         f"the rows have the fields {', '.join(sorted(present)) or '(none)'}, which no format has; rename them to those "
         "of one (--column output=response reads the field response as output): "
-        + "; ".join(f"{form.name} ({', '.join(form.fields)})" for form in FORMATS.values())
+        + "; ".join(
+            f"{form.name} ({', '.join(form.fields)})" for form in FORMATS.values() if form.kind in ("sft", "text")
+        )
+        + "; with chosen and rejected for a preference, with label for KTO"
     )
 
 
@@ -238,14 +243,17 @@ def _last_only(sample: Sample) -> Sample:
 
 def _labelled(parse: Callable[[Row], Sample]) -> Callable[[Row], Labelled]:
     def parse_labelled(row: Row) -> Labelled:
-        field = next((name for name in _LABELS if row.get(name) is not None), _LABELS[0])
+        field = "kto_tag" if row.get("label") is None and row.get("kto_tag") is not None else "label"
         label = row.get(field)
         # CSV has no booleans.
         words: dict[Any, bool] = {"true": True, "false": False}
         if isinstance(label, str) and label.strip().lower() in words:
             label = words[label.strip().lower()]
         if not isinstance(label, bool):
-            raise DataError(f"{field} must be true (a good answer) or false, found {label!r:.80}")
+            raise DataError(
+                f"{field} must be true (a good answer) or false, found {label!r:.80}; name the format to read the rows "
+                "without labels"
+            )
         return Labelled(_last_only(parse(row)), label)
 
     return parse_labelled
@@ -268,11 +276,7 @@ def _formats() -> dict[str, Format]:
         ("preference", (), _pair_preference),
     ]
     found = [Format(name, (*fields, "chosen", "rejected"), "preference", parse) for name, fields, parse in preferences]
-    for label in _LABELS:
-        found += [
-            Format(name + ("-kto" if label == "label" else "-kto-tag"), (*fields, label), "kto", _labelled(parse))
-            for name, fields, parse in plain
-        ]
+    found += [Format(f"{name}-kto", (*fields, "label"), "kto", _labelled(parse)) for name, fields, parse in plain]
     found += [Format(name, fields, "sft", parse) for name, fields, parse in plain]
     found.append(Format("text", ("text",), "text", _text))
     return {form.name: form for form in found}

@@ -11,6 +11,7 @@ import gzip
 import json
 import shutil
 import tempfile
+import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,7 +56,9 @@ def open_rows(path: str | Path) -> Rows:
     kind = suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
     if kind not in _INDEXES:
         known = ", ".join([*_INDEXES, ".parquet", ".arrow"])
-        raise DataError(f"{path.name}: the form of the file is told from its suffix; known: {known}, and .gz behind one")
+        raise DataError(
+            f"{path.name}: the form of the file is told from its suffix; known: {known}, and .gz behind one"
+        )
     try:
         file = _unpacked(path) if packed else path.open("rb")
         return _INDEXES[kind](path, file)
@@ -65,11 +68,11 @@ def open_rows(path: str | Path) -> Rows:
 
 def _unpacked(path: Path) -> BinaryIO:
     """The contents of a gzip file, in a temporary file without a name. Raises DataError for a damaged one."""
-    file = cast(BinaryIO, tempfile.TemporaryFile())
+    file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 (the rows keep it)
     try:
         with gzip.open(path) as source:
             shutil.copyfileobj(source, file, 1 << 20)
-    except (EOFError, gzip.BadGzipFile, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         file.close()
         raise DataError(f"{path.name} is a damaged gzip file: {error}") from None
     file.seek(0)
