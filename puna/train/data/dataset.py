@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from puna.errors import DataError
+from puna.errors import DataError, PunaError
 from puna.train.data.dataset_info import read_dataset_info
 from puna.train.data.examples import Continuation, Example, Labelled, Sample, samples_of
 from puna.train.data.formats import Format, detect, format_named, parse_example, rename
+from puna.train.data.render import Renderer
 from puna.train.data.rows import Row, Rows, open_rows
+from puna.train.data.tokens import Tokens
 
 _FIRST_ROWS = 20
 _LISTED = 1000  # errors that are kept to be shown; all are counted
@@ -35,13 +37,16 @@ class BadRow:
 class Scan:
     """``good`` int64[N]: the numbers of the rows that can be used; ``digests`` uint64[N]: what each says, hashed.
 
-    ``bad`` lists the others, the first thousand of ``bad_count``.
+    ``bad`` lists the others, the first thousand of ``bad_count``. Where the rows were rendered, ``lengths`` and
+    ``trained`` (int32[D]) are the tokens of each document and those of them that are trained.
     """
 
     good: NDArray[np.int64]
     digests: NDArray[np.uint64]
     bad: list[BadRow] = field(default_factory=list)
     bad_count: int = 0
+    lengths: NDArray[np.int32] | None = None
+    trained: NDArray[np.int32] | None = None
 
     @property
     def digest(self) -> str:
@@ -83,30 +88,31 @@ class Dataset:
         except DataError as error:
             raise DataError(f"{self.where(number)}: {error}") from None
 
-    def digest(self, number: int) -> int:
-        """``content_digest`` of an example. Raises DataError as reading it does."""
-        example = self[number]
-        try:
-            return content_digest(example)
-        except DataError as error:
-            raise DataError(f"{self.where(number)}: {error}") from None
-
     def where(self, number: int) -> str:
         """``file:line`` of an example."""
         return self._rows.where(number)
+
+    def _read(self, number: int, renderer: Renderer | None) -> tuple[int, list[Tokens]]:
+        """An example's digest and its documents. Raises DataError naming the line, whatever is wrong with it."""
+        example = self[number]
+        try:
+            return content_digest(example), [] if renderer is None else renderer.documents(example)
+        except PunaError as error:
+            raise DataError(f"{self.where(number)}: {error}") from None
 
     @property
     def name(self) -> str:
         return self._rows.path.name
 
-    def scan(self) -> Scan:
-        """Read every row once."""
+    def scan(self, renderer: Renderer | None = None) -> Scan:
+        """Read every row once, and render it for a model where ``renderer`` is given."""
         good, digests = array("q"), array("Q")
+        lengths, trained = array("i"), array("i")
         bad: list[BadRow] = []
         bad_count = 0
         for number in range(len(self)):
             try:
-                digest = self.digest(number)
+                digest, documents = self._read(number, renderer)
             except DataError as error:
                 bad_count += 1
                 if len(bad) < _LISTED:
@@ -114,11 +120,14 @@ class Dataset:
                 continue
             good.append(number)
             digests.append(digest)
-        return Scan(np.array(good, np.int64), np.array(digests, np.uint64), bad, bad_count)
+            lengths.extend(map(len, documents))
+            trained.extend(int(document.trained.sum()) for document in documents)
+        rendered = (None, None) if renderer is None else (np.array(lengths, np.int32), np.array(trained, np.int32))
+        return Scan(np.array(good, np.int64), np.array(digests, np.uint64), bad, bad_count, *rendered)
 
-    def checked(self, skip_bad: int = 0) -> Scan:
+    def checked(self, skip_bad: int = 0, renderer: Renderer | None = None) -> Scan:
         """``scan``, where at most ``skip_bad`` rows may be bad. Raises DataError when more are, or none is good."""
-        scan = self.scan()
+        scan = self.scan(renderer)
         if scan.bad_count > skip_bad:
             raise DataError(
                 f"{scan.bad[0].message} ({scan.bad_count} of {len(self)} rows are bad; puna data check lists them, "

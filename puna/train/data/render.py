@@ -19,7 +19,7 @@ from puna.chat.template import Template
 from puna.chat.tools import ToolConversation, ToolFormat, check_tools, tool_conversation, tool_format
 from puna.errors import DataError
 from puna.tokenizer import Tokenizer
-from puna.train.data.examples import Continuation, Conversation, Sample
+from puna.train.data.examples import Continuation, Conversation, Example, Sample, samples_of
 from puna.train.data.tokens import Tokens
 
 TrainOn = Literal["assistant", "last", "everything"]
@@ -57,6 +57,15 @@ class Renderer:
         self._train_on = train_on
         self._system = system
         self._variables = dict(variables or {})
+
+    def documents(self, example: Example) -> list[Tokens]:
+        """All that an example is trained with: its documents, or one for each answer that is compared or labelled.
+
+        Raises as ``render`` does.
+        """
+        if isinstance(example, (Conversation, Continuation)):
+            return self.render(example)
+        return [self.render_answer(sample) for sample in samples_of(example)]
 
     def render(self, sample: Sample) -> list[Tokens]:
         """The documents that a sample makes. Raises DataError when the template can't show it as it is served,
@@ -96,9 +105,8 @@ class Renderer:
         """BOS if the model wants it, the prompt, the text, and the token that ends it."""
         tokenizer = self.tokenizer
         first = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-        texts = [sample.prompt, sample.text] if sample.prompt else [sample.text]
-        *prompts, text = tokenizer.encode_segments(texts)
-        prompt = prompts[0] if prompts else []
+        prompt = tokenizer.encode(sample.prompt) if sample.prompt else []
+        text = tokenizer.encode_continuation(sample.text) if sample.prompt else tokenizer.encode(sample.text)
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         ids = [*first, *prompt, *text, *end]
         start = 0 if self._train_on == "everything" else len(first) + len(prompt)
@@ -164,8 +172,9 @@ class Renderer:
         )
 
     def _answer(self, shown: ToolConversation, number: int, served: str, written: str) -> list[int]:
-        """The ids of a message that follow a prompt, where the template's own text of both isn't the prompt's and more:
-        because a token would cross the border, or because the template ends prompts within the answer (``<think>``).
+        """The ids of a message that follow a prompt, where those of both together don't begin with the prompt's:
+        because a token would cross the border, because the template ends prompts within the answer (``<think>``), or because it
+        shows the last message before the answer in its own way.
         """
         message = shown.messages[number]
         if message.tool_calls:
@@ -173,12 +182,16 @@ class Renderer:
         probe = [*shown.messages[:number], Message("assistant", _PROBE)]
         frame = self._prompt(shown, probe, False).text
         head, found, end = frame.rpartition(_PROBE)
-        if not found or not served.startswith(head):
+        asks = self._asks(shown, number, served)
+        if found and served.startswith(head):
+            opening = served[len(head) :]
+        elif found and asks and head.endswith(asks):
+            opening = ""  # what comes before is shown otherwise once it isn't last
+        else:
             raise DataError(
                 f"messages[{number}]: the chat template shows answers otherwise than its prompts lead to them, so this "
                 "model would not be served what it was trained on; use another template"
             )
-        opening = served[len(head) :]
         if not opening:
             answer = written[len(head) : len(written) - len(end)]
         else:
@@ -189,8 +202,12 @@ class Renderer:
                     "not; write the reasoning into it, or use another template"
                 )
             answer = answer[len(opening) :]
-        _, inner = self.tokenizer.encode_segments(["", answer])
-        return inner + self.tokenizer.encode(end, parse_special=True)
+        return self.tokenizer.encode_continuation(answer) + self.tokenizer.encode(end, parse_special=True)
+
+    def _asks(self, shown: ToolConversation, number: int, served: str) -> str:
+        """What the template writes to ask for an answer; empty when it is not told apart."""
+        before = self._prompt(shown, shown.messages[:number], False).text
+        return served[len(before) :] if served.startswith(before) else ""
 
     def _end(self, ids: Sequence[int], start: int) -> int:
         """Behind the token that ends the turn which begins at ``start``; the template may have written more."""
