@@ -173,8 +173,8 @@ class Renderer:
 
     def _answer(self, shown: ToolConversation, number: int, served: str, written: str) -> list[int]:
         """The ids of a message that follow a prompt, where those of both together don't begin with the prompt's:
-        because a token would cross the border, because the template ends prompts within the answer (``<think>``), or because it
-        shows the last message before the answer in its own way.
+        because a token would cross the border, because the template ends prompts within the answer (``<think>``), or
+        because it shows the last message before the answer in its own way.
         """
         message = shown.messages[number]
         if message.tool_calls:
