@@ -164,7 +164,7 @@ def _print(report: dict[str, Any]) -> None:
     if report["bad"] > _SHOWN:
         show(f"  … and {report['bad'] - _SHOWN:,} more; --json lists them", "red")
     if report["duplicates"]:
-        show(f"{report['duplicates']:,} rows say what an earlier one says:", "yellow")
+        show(f"rows that say what an earlier one says: {report['duplicates']:,}", "yellow")
         for group in report["duplicate_rows"][:5]:
             show(f"  {', '.join(group[:6])}{', …' if len(group) > 6 else ''}", "yellow")
     if "tokens" in report:

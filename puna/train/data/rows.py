@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import shutil
 import tempfile
@@ -180,7 +181,7 @@ def _csv(path: Path, file: BinaryIO) -> TextRows:
             yield line.decode("utf-8", "replace")
 
     def read(record: str) -> Row:
-        values = next(csv.reader(record.splitlines(keepends=True)), [])
+        values = next(csv.reader(io.StringIO(record, newline="\n")), [])
         if len(values) != len(names):
             raise DataError(f"the record has {len(values)} fields, the first line names {len(names)}")
         return dict(zip(names, values, strict=True))
