@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from puna.chat.go_template import GoTemplate
 from puna.chat.messages import Message
 from puna.chat.prompt import Prompt, render_prompt
 from puna.chat.template import Template
@@ -154,12 +155,27 @@ class Renderer:
         if number == 0:
             raise DataError("messages[0] is the assistant's, but no prompt comes before it; begin with the user's")
         served = self._prompt(shown, shown.messages[:number], True)
-        written = self._prompt(shown, shown.messages[: number + 1], False)
         start = len(served.ids)
+        if isinstance(self._chat_template, GoTemplate):
+            return _Turn(self._followed(shown, number, served.ids), start)
+        written = self._prompt(shown, shown.messages[: number + 1], False)
         ids = written.ids
         if ids[:start] != served.ids:
             ids = served.ids + self._answer(shown, number, served.text, written.text)
         return _Turn(ids[: self._end(ids, start)], start)
+
+    def _followed(self, shown: ToolConversation, number: int, served: list[int]) -> list[int]:
+        """The ids up to the end of an answer by a template in Go's language, which ends one only where more follows."""
+        ids = self._prompt(shown, [*shown.messages[: number + 1], Message("user", _PROBE)], True).ids
+        start = len(served)
+        end = next((place + 1 for place in range(start, len(ids)) if ids[place] in self.tokenizer.eos_ids), start)
+        answer = self.tokenizer.decode(ids[start:end]).decode("utf-8", "replace")
+        if ids[:start] != served or end == start or _PROBE in answer:
+            raise DataError(
+                f"messages[{number}]: the chat template, in Go's language, does not end this answer by a control token "
+                "behind the prompt that asks for it; give the model a Jinja template"
+            )
+        return ids[:end]
 
     def _prompt(self, shown: ToolConversation, messages: Sequence[Message], add_generation_prompt: bool) -> Prompt:
         return render_prompt(

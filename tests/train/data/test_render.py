@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from puna.chat.builtin import BUILTIN
+from puna.chat.go_template import chat_template
 from puna.chat.messages import Message
 from puna.chat.prompt import render_prompt
 from puna.chat.template import ChatTemplate
@@ -230,6 +231,27 @@ def test_parallel_calls_become_turns_where_the_template_takes_one(
         '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|>',
         "Cold.<|eot_id|>",
     ]
+
+
+def test_templates_in_gos_language(shared_data: Path, llama3: Tokenizer) -> None:
+    def renderer(name: str) -> Renderer:
+        source = (shared_data / "templates" / "gotmpl" / f"{name}.gotmpl").read_text(encoding="utf-8")
+        return Renderer(llama3, chat_template(source, llama3))
+
+    messages = [
+        {"role": "system", "content": "Be terse."},
+        {"role": "user", "content": USER},
+        {"role": "assistant", "content": ANSWER},
+        {"role": "user", "content": MORE},
+        {"role": "assistant", "content": LAST},
+    ]
+    llama = renderer("llama3-instruct")
+    (document,) = llama.render(chat(*messages))
+    assert trained_texts(llama3, [document]) == [f"{ANSWER}<|eot_id|>", f"{LAST}<|eot_id|>"]
+    served = render_prompt(llama._chat_template, llama3, messages[:4]).ids
+    assert document.ids[: len(served)].tolist() == served
+    with pytest.raises(DataError, match="in Go's language, does not end this answer"):
+        renderer("alpaca").render(chat(*messages))
 
 
 def test_weights_choose_the_messages(llama3: Tokenizer) -> None:
