@@ -1,4 +1,4 @@
-"""A renderer for a model by its name: its tokenizer, its template and its system prompt, as they are served."""
+"""A renderer for a model by its name, with its tokenizer, its template and what it brings along, as it is served."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from puna.chat.builtin import builtin_template
 from puna.chat.go_template import chat_template
+from puna.chat.messages import Message
 from puna.checkpoint import open_checkpoint
 from puna.errors import TemplateError, TokenizerError
 from puna.store import ResolvedModel, resolve
@@ -37,6 +38,7 @@ def renderer_for(
         None if source is None else chat_template(source, tokenizer),
         train_on=train_on,
         system=manifest.system if manifest else None,
+        history=[Message(role, text) for role, text in manifest.messages] if manifest else [],
         variables=variables,
     )
 

@@ -39,7 +39,8 @@ class Renderer:
     """Renders for one model. ``template`` is None for a base model, which can be trained on raw text only.
 
     ``train_on``: every ``assistant`` message that the data says to learn, the ``last`` of them, or ``everything``, the
-    prompts too. ``system`` is put before conversations without a system message, as the served model's own is.
+    prompts too. ``system`` is put before conversations without a system message, and ``history`` before what follows
+    that, as a served model's own are (``LLM.conversation``).
     ``variables`` are the template's (``date_string``, ``enable_thinking``); a template that writes today's date gives
     the same ids tomorrow only if that is pinned here.
     """
@@ -51,12 +52,14 @@ class Renderer:
         *,
         train_on: TrainOn = "assistant",
         system: str | None = None,
+        history: Sequence[Message] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._template = template
         self._train_on = train_on
         self._system = system
+        self._history = list(history)
         self._variables = dict(variables or {})
 
     def documents(self, example: Example) -> list[Tokens]:
@@ -131,7 +134,9 @@ class Renderer:
         messages, trained = list(sample.messages), set(sample.trained)
         if self._system is not None and not any(message.role == "system" for message in messages):
             messages.insert(0, Message("system", self._system))
-            trained = {number + 1 for number in trained}
+        head = 1 if messages[0].role == "system" else 0
+        messages[head:head] = self._history
+        trained = {number + len(messages) - len(sample.messages) for number in trained}
         if self._train_on == "last":
             trained = {max(trained)}
         if not sample.tools and not any(m.tool_calls or m.role in ("tool", "ipython") for m in messages):

@@ -15,6 +15,7 @@ from puna.errors import DataError, TemplateError
 from puna.tokenizer import Tokenizer, load_tokenizer
 from puna.train.data.conversations import conversation, parse_tools, parse_turns
 from puna.train.data.examples import Continuation, Conversation
+from puna.train.data.formats import detect, parse_example
 from puna.train.data.render import Renderer
 from puna.train.data.tokens import Tokens
 
@@ -316,9 +317,31 @@ def test_raw_text_ends_with_eos_and_prompts_are_not_trained(llama3: Tokenizer, l
             renderer.render(chat({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
 
 
-def test_the_models_own_system_prompt_goes_before(llama3: Tokenizer) -> None:
+def test_what_the_model_brings_along_goes_before(llama3: Tokenizer) -> None:
     template = ChatTemplate.for_tokenizer(BUILTIN["llama3"], llama3)
-    sample = chat({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-    (document,) = Renderer(llama3, template, system="Be kind.").render(sample)
-    served = [Message("system", "Be kind."), Message("user", "a")]
-    assert document.ids[: int(document.trained.argmax())].tolist() == render_prompt(template, llama3, served).ids
+    history = [Message("user", "1+1?"), Message("assistant", "2.")]
+    renderer = Renderer(llama3, template, system="Be kind.", history=history)
+    for given in ([], [Message("system", "Be mine.")]):
+        question = [*given, Message("user", "a")]
+        (document,) = renderer.render(Conversation((*question, Message("assistant", "b")), (len(question),)))
+        system = given or [Message("system", "Be kind.")]
+        served = render_prompt(template, llama3, [*system, *history, Message("user", "a")]).ids
+        assert document.ids[: int(document.trained.argmax())].tolist() == served
+        assert trained_texts(llama3, [document]) == ["b<|eot_id|>"]
+
+
+def test_preferences_and_labels_train_the_answer_alone(llama3: Tokenizer) -> None:
+    renderer = Renderer(llama3, ChatTemplate.for_tokenizer(BUILTIN["llama3"], llama3))
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    answers = {side: {"role": "assistant", "content": side} for side in ("chosen", "rejected")}
+    row = {"messages": messages, **answers}
+    chosen, rejected = renderer.documents(parse_example(detect([row]), row))
+    assert trained_texts(llama3, [chosen, rejected]) == ["chosen<|eot_id|>", "rejected<|eot_id|>"]
+    row = {"messages": [*messages, answers["chosen"]], "label": False}
+    (document,) = renderer.documents(parse_example(detect([row]), row))
+    assert trained_texts(llama3, [document]) == ["chosen<|eot_id|>"]
+    assert document.ids.tolist() == chosen.ids.tolist()

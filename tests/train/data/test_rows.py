@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,26 @@ def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("puna.train.data.rows.MAX_ROW", 100)
     with pytest.raises(DataError, match=r"a\.jsonl:2: the line is longer"):
         open_rows(written(tmp_path / "a.jsonl", b'{"a": 1}\n' + b"x" * 200))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".jsonl.gz"])
+def test_a_large_file_is_not_held_in_memory(suffix: str, tmp_path: Path) -> None:
+    row = {"text": "x" * 40_000}
+    lines = {
+        ".csv": ["text", *[row["text"]] * 500],
+        ".json": [f"[{json.dumps(row)}", *[f",{json.dumps(row)}"] * 499, "]"],
+    }
+    data = "\n".join(lines.get(suffix, [json.dumps(row)] * 500)).encode()
+    path = written(tmp_path / f"a{suffix}", gzip.compress(data, 1) if suffix.endswith(".gz") else data)
+    tracemalloc.start()
+    try:
+        rows = open_rows(path)
+        assert len(rows) == 500
+        assert rows[499] == row
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 << 20 < len(data)
 
 
 class TestArrow:
