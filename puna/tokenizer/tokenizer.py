@@ -197,7 +197,8 @@ class Tokenizer:
         if self._charsmap is not None:
             text = self._charsmap.normalize_str(text)
         if rules.remove_extra_whitespaces:
-            text = re.sub(" {2,}", " ", text).lstrip(" ")
+            text = re.sub(" {2,}", " ", text)
+            text = text if continued else text.lstrip(" ")
         text = text.replace(" ", SPACE)
         if rules.remove_extra_whitespaces:
             text = text.rstrip(SPACE)
