@@ -56,8 +56,10 @@ class Scan:
     def duplicates(self) -> list[NDArray[np.int64]]:
         """The numbers of the rows that say the same, by what they say, where there is more than one."""
         order = np.argsort(self.digests, kind="stable")
-        borders = np.flatnonzero(np.diff(self.digests[order])) + 1
-        groups = [np.sort(self.good[group]) for group in np.split(order, borders) if len(group) > 1]
+        starts = np.flatnonzero(np.diff(self.digests[order], prepend=~self.digests[order[:1]]))
+        ends = np.append(starts[1:], len(order))
+        several = np.flatnonzero(ends - starts > 1)
+        groups = [np.sort(self.good[order[starts[group] : ends[group]]]) for group in several]
         return sorted(groups, key=lambda group: int(group[0]))
 
     def split(self, validation: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -146,7 +148,7 @@ def open_dataset(path: str | Path, form: str | None = None, columns: Mapping[str
     columns = dict(columns or {})
     listing, colon, name = str(path).rpartition(":")
     if colon and Path(listing).name == "dataset_info.json":
-        path, given = read_dataset_info(Path(listing), name)
+        path, given = read_dataset_info(Path(listing).expanduser(), name)
         columns = {**given, **columns}
     rows = open_rows(path)
     if form is not None:

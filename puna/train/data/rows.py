@@ -151,9 +151,9 @@ def _jsonl(path: Path, file: BinaryIO) -> TextRows:
 
 def _json(path: Path, file: BinaryIO) -> TextRows:
     """A list of objects; a file that does not begin as a list is read as a row a line."""
-    first = next((line.lstrip()[:1] for _, _, _, line in _lines(path, file)), b"")
+    beginning = file.read(1 << 16).removeprefix(_BOM).lstrip()
     file.seek(0)
-    if first != b"[":
+    if not beginning.startswith(b"["):
         return _jsonl(path, file)
     rows = TextRows(path, file, parse_row)
     for start, end, line in index_json_array(path.name, file, MAX_ROW):

@@ -226,6 +226,8 @@ def test_duplicates_are_found_whatever_their_spelling(tmp_path: Path) -> None:
     texts = ["a", "b", "a", "c", "b", "a"]
     scan = saved(tmp_path / "a.jsonl", [{"text": text, "id": i} for i, text in enumerate(texts)]).scan()
     assert [group.tolist() for group in scan.duplicates()] == [[0, 2, 5], [1, 4]]
+    assert saved(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "b"}]).scan().duplicates() == []
+    assert saved(tmp_path / "c.jsonl", [{"text": ""}]).scan().duplicates() == []
 
 
 @settings(max_examples=25, deadline=None)

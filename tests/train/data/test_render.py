@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from puna.chat.builtin import BUILTIN
 from puna.chat.go_template import chat_template
@@ -45,6 +47,11 @@ DATE = {"date_string": "26 Jul 2024"}
 @pytest.fixture(scope="module")
 def llama3(shared_data: Path) -> Tokenizer:
     return load_tokenizer(shared_data / "tokenizers" / "llama3.1.tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_path)
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +273,36 @@ def test_weights_choose_the_messages(llama3: Tokenizer) -> None:
     assert trained_texts(llama3, renderer.render(sample)) == ["good<|eot_id|>"]
 
 
+PARTS = st.sampled_from(["<|eot_id|>", "<|im_end|>", "<|start_header_id|>", "\n", " ", "a", "é👍", "assistant", "}{"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.lists(PARTS, max_size=5).map("".join), min_size=2, max_size=6).filter(lambda t: len(t) % 2 == 0)
+)
+def test_any_answer_is_trained_behind_its_served_prompt(
+    llama3: Tokenizer, smollm2: Tokenizer, shared_data: Path, texts: list[str]
+) -> None:
+    """Llama 3's template trims; SmolLM2's keeps line breaks, which merge with those of the prompt."""
+    for name, tokenizer, end in (
+        ("llama3.jinja", llama3, "<|eot_id|>"),
+        ("SmolLM2-135M-Instruct.jinja", smollm2, "<|im_end|>"),
+    ):
+        renderer = renderer_of(shared_data, name, tokenizer)
+        roles = [("user", "assistant")[i % 2] for i in range(len(texts))]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        documents = renderer.render(chat(*messages))
+        expected = [(text.strip() if end == "<|eot_id|>" else text) + end for text in texts[1::2]]
+        assert trained_texts(tokenizer, documents) == expected
+        starts = {
+            tuple(d.ids[:i]) for d in documents for i in range(1, len(d)) if d.trained[i] and not d.trained[i - 1]
+        }
+        served = {
+            tuple(render_prompt(renderer._chat_template, tokenizer, messages[:i]).ids) for i in range(1, len(texts), 2)
+        }
+        assert starts == served
+
+
 def test_llama2_turns(llama2: Tokenizer) -> None:
     renderer = Renderer(llama2, ChatTemplate.for_tokenizer(BUILTIN["llama2"], llama2))
     sample = chat(
@@ -321,10 +358,10 @@ def test_what_the_model_brings_along_goes_before(llama3: Tokenizer) -> None:
     template = ChatTemplate.for_tokenizer(BUILTIN["llama3"], llama3)
     history = [Message("user", "1+1?"), Message("assistant", "2.")]
     renderer = Renderer(llama3, template, system="Be kind.", history=history)
-    for given in ([], [Message("system", "Be mine.")]):
-        question = [*given, Message("user", "a")]
+    for own in ([], [Message("system", "Be mine.")]):
+        question = [*own, Message("user", "a")]
         (document,) = renderer.render(Conversation((*question, Message("assistant", "b")), (len(question),)))
-        system = given or [Message("system", "Be kind.")]
+        system = own or [Message("system", "Be kind.")]
         served = render_prompt(template, llama3, [*system, *history, Message("user", "a")]).ids
         assert document.ids[: int(document.trained.argmax())].tolist() == served
         assert trained_texts(llama3, [document]) == ["b<|eot_id|>"]
