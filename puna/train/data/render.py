@@ -165,8 +165,9 @@ class Renderer:
             return _Turn(self._followed(shown, number, served.ids), start)
         written = self._prompt(shown, shown.messages[: number + 1], False)
         ids = written.ids
-        if ids[:start] != served.ids:
-            ids = served.ids + self._answer(shown, number, served.text, written.text)
+        drops_reasoning = _drops_reasoning(shown.messages[number], served.text, written.text)
+        if ids[:start] != served.ids or drops_reasoning:
+            ids = served.ids + self._answer(shown, number, served.text, written.text, drops_reasoning)
         return _Turn(ids[: self._end(ids, start)], start)
 
     def _followed(self, shown: ToolConversation, number: int, served: list[int]) -> list[int]:
@@ -192,14 +193,18 @@ class Renderer:
             **{**shown.variables, **self._variables},
         )
 
-    def _answer(self, shown: ToolConversation, number: int, served: str, written: str) -> list[int]:
-        """The ids of a message that follow a prompt, where those of both together don't begin with the prompt's:
-        because a token would cross the border, because the template ends prompts within the answer (``<think>``), or
-        because it shows the last message before the answer in its own way.
+    def _answer(
+        self, shown: ToolConversation, number: int, served: str, written: str, drops_reasoning: bool
+    ) -> list[int]:
+        """The ids of a message that follow a prompt, where those of both together aren't the prompt's and all of the
+        message: because a token would cross the border, because the template ends prompts within the answer
+        (``<think>``) or leaves its reasoning out, or because it shows the message before it in its own way.
         """
         message = shown.messages[number]
         if message.tool_calls:
-            raise DataError(f"messages[{number}]: the chat template shows calls otherwise than a prompt leads to them")
+            raise DataError(
+                f"messages[{number}]: the chat template does not show these calls as the answer to its prompt"
+            )
         probe = [*shown.messages[:number], Message("assistant", _PROBE)]
         frame = self._prompt(shown, probe, False).text
         head, found, end = frame.rpartition(_PROBE)
@@ -213,7 +218,7 @@ class Renderer:
                 f"messages[{number}]: the chat template shows answers otherwise than its prompts lead to them, so this "
                 "model would not be served what it was trained on; use another template"
             )
-        if not opening:
+        if not opening and not drops_reasoning:
             answer = written[len(head) : len(written) - len(end)]
         else:
             answer = _with_reasoning(message)
@@ -241,6 +246,12 @@ class Renderer:
 
 def _assistants(shown: ToolConversation) -> list[int]:
     return [number for number, message in enumerate(shown.messages) if message.role == "assistant"]
+
+
+def _drops_reasoning(message: Message, served: str, written: str) -> bool:
+    """Whether the template leaves out what the model has to think: many do, lest it fill the context."""
+    reasoning, _, _ = _with_reasoning(message).rpartition("</think>")
+    return reasoning.removeprefix("<think>").strip() not in written.removeprefix(served)
 
 
 def _with_reasoning(message: Message) -> str:

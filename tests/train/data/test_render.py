@@ -200,6 +200,18 @@ def test_a_template_that_drops_reasoning_gives_each_turn_a_document(
         renderer.render(chat({"role": "user", "content": "a"}, {"role": "assistant", "content": "no reasoning"}))
 
 
+@pytest.mark.parametrize("shown", ["m.content.split('</think>')[-1]", "m.content"])
+def test_reasoning_is_learnt_also_where_the_template_leaves_it_out(llama3: Tokenizer, shown: str) -> None:
+    source = "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ SHOWN }}<|eot_id|>{% endfor %}"
+    source += "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+    template = ChatTemplate.for_tokenizer(source.replace("SHOWN", shown), llama3)
+    user = {"role": "user", "content": "a"}
+    expected = ["<think>\nwhy\n</think>\n\nb<|eot_id|>"]
+    for answer in ({"content": "<think>\nwhy\n</think>\n\nb"}, {"content": "b", "reasoning_content": "why"}):
+        documents = Renderer(llama3, template).render(chat(user, {"role": "assistant", **answer}))
+        assert trained_texts(llama3, documents) == expected
+
+
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if "DeepSeek" not in name])
 def test_calls_are_trained_and_their_results_are_not(
     name: str, shared_data: Path, tokenizers: dict[str, Tokenizer]
