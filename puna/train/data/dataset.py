@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from puna.errors import DataError, PunaError
 from puna.train.data.dataset_info import read_dataset_info
 from puna.train.data.examples import Continuation, Example, Labelled, Sample, samples_of
+from puna.train.data.files import open_rows
 from puna.train.data.formats import Format, detect, format_named, parse_example, rename
 from puna.train.data.render import Renderer
-from puna.train.data.rows import Row, Rows, open_rows
+from puna.train.data.rows import Row, Rows
 from puna.train.data.tokens import Tokens
 
 _FIRST_ROWS = 20

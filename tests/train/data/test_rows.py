@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from puna.errors import DataError
 from puna.train.data import json_array
-from puna.train.data.rows import Rows, open_rows
+from puna.train.data.files import open_rows
+from puna.train.data.rows import Rows
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -153,7 +154,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("puna.train.data.rows.MAX_ROW", 100)
+    monkeypatch.setattr("puna.train.data.text_files.MAX_ROW", 100)
     with pytest.raises(DataError, match=r"a\.jsonl:2: the line is longer"):
         open_rows(written(tmp_path / "a.jsonl", b'{"a": 1}\n' + b"x" * 200))
 
