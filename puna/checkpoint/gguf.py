@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from puna.checkpoint.checkpoint import Checkpoint
-from puna.checkpoint.gguf_writer import FILE_TYPES, Encoded, write_gguf
+from puna.checkpoint.gguf_writer import FILE_TYPES, MIX_FILE_TYPES, Encoded, write_gguf
 from puna.checkpoint.names import (
     check_tensors,
     gguf_name,
@@ -24,6 +24,7 @@ from puna.config import ModelConfig, llama3_factors
 from puna.errors import CheckpointError
 from puna.gguf_file import MAGIC, GGUFFile, read_gguf
 from puna.tensor import QuantType, Weight, quant_type
+from puna.tensor.mapped import drop_mapped_pages
 from puna.tokenizer import Tokenizer
 from puna.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 
@@ -104,7 +105,15 @@ class GGUFTensors(Mapping[str, Weight]):
         weight = self._checkpoint.tensors[self._sources[name]]
         if weight.shape != self._expected[weight.name]:
             check_tensors(config, self._expected | {weight.name: weight.shape}, "the model to be written")
-        return to_interleaved(weight, config)
+        ordered = to_interleaved(weight, config)
+        if ordered is not weight:
+            drop_mapped_pages(weight.data)
+        return ordered
+
+    def type(self, name: str) -> QuantType:
+        """The type that a tensor has now."""
+        source = self._sources.get(name)
+        return quant_type("F32") if source is None else self._checkpoint.tensors[source].type
 
     def source(self, name: str) -> str | None:
         """The Hugging Face name of a tensor; None for one that only GGUF has."""
@@ -163,7 +172,11 @@ class _HalfSplitTensors(Mapping[str, Weight]):
         self._config = config
 
     def __getitem__(self, name: str) -> Weight:
-        return to_half_split(self._weights[name], self._config)
+        weight = self._weights[name]
+        ordered = to_half_split(weight, self._config)
+        if ordered is not weight:  # a copy, so the file's pages need not stay in memory too
+            drop_mapped_pages(weight.data)
+        return ordered
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights
@@ -185,7 +198,7 @@ def _description(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The ``general.*`` values that are for people, and the name of the file type."""
     general = {key.removeprefix("general."): value for key, value in metadata.items() if key.startswith("general.")}
     description = {key: value for key, value in general.items() if key not in _NOT_DESCRIPTION}
-    names = {number: name for name, number in FILE_TYPES.items()}
+    names = {number: name for name, number in (FILE_TYPES | MIX_FILE_TYPES).items()}
     if isinstance(file_type := general.get("file_type"), int) and file_type in names:
         description["file_type"] = names[file_type]
     return description

@@ -45,6 +45,16 @@ FILE_TYPES = {
     "IQ4_XS": 30,
     "BF16": 32,
 }
+# Mixes of types, by llama.cpp's names.
+MIX_FILE_TYPES = {
+    "Q3_K_S": 11,
+    "Q3_K_M": 12,
+    "Q3_K_L": 13,
+    "Q4_K_S": 14,
+    "Q4_K_M": 15,
+    "Q5_K_S": 16,
+    "Q5_K_M": 17,
+}
 
 Encoded = tuple[QuantType, Iterable[NDArray[np.uint8]]]
 _Description = tuple[tuple[int, ...], int, int]
