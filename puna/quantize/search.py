@@ -37,7 +37,7 @@ from puna.tensor import QuantType, quant_type
 # By the rows' multiple, types of rising size of which none is worse than a smaller one.
 LADDERS = {256: ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"), 32: ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")}
 NOISE_ROWS = 256
-WINDOWS = 4
+WINDOWS = 2
 SIZE_TOLERANCE = 0.01
 
 Types = dict[str, QuantType]
