@@ -45,9 +45,10 @@ void rms_norm(Program& program, int x, const FloatVector& weight, float eps, int
 }
 
 void linears(Program& program, int x, const std::vector<const Panels*>& weights, const std::vector<std::optional<FloatVector>>& biases,
-             int residual, const std::vector<int>& outs) {
+             int residual, const std::vector<int>& outs, const std::vector<const Changes*>& changes) {
   const ProgramBuffer& input = program.buffer(x);
-  check(biases.size() == weights.size() && outs.size() == weights.size(), "linears: as many biases and outputs as weights are needed");
+  check(biases.size() == weights.size() && outs.size() == weights.size() && changes.size() == weights.size(),
+        "linears: as many biases, outputs and changes as weights are needed");
   check(weights.size() <= kMostWeights, "linears: too many weights at once");
   std::vector<Panels> panels;
   for (size_t i = 0; i < weights.size(); i++) {
@@ -59,12 +60,31 @@ void linears(Program& program, int x, const std::vector<const Panels*>& weights,
     check(residual < 0 || same_shape(program.buffer(residual), out), "linears: the residual is not of the output's shape");
     panels.push_back(*weights[i]);
   }
+  std::vector<Changes> changed(weights.size());
+  bool any = false;
+  for (size_t i = 0; i < weights.size(); i++) {
+    if (!changes[i]) continue;
+    check(!input.of_logit_rows, "linears: only an input with a row for each token can be changed by adapters");
+    check(changes[i]->rows == weights[i]->rows && changes[i]->columns == input.columns, "linears: the changes are of another shape");
+    changed[i] = *changes[i];
+    any = true;
+  }
   program.add([=](const ProgramRun& run) {
     LinearTarget targets[kMostWeights];
     for (size_t i = 0; i < panels.size(); i++)
       targets[i] = {panels[i].type, panels[i].rows, panels[i].buffer.data(), biases[i] ? biases[i]->data() : nullptr,
                     residual < 0 ? nullptr : run.at(residual), run.at(outs[i])};
     run.native.kernels->linears(run.native.pool, run.at(x), run.rows(x), run.columns(x), targets, int(panels.size()));
+  });
+  if (!any) return;
+  program.add_check([=](const StepArgs& args) {
+    for (const Changes& change : changed) check_adapters(args.adapters, change);
+  });
+  program.add([=](const ProgramRun& run) {
+    if (run.args.adapters.groups().empty()) return;
+    LowRankTarget targets[kMostWeights];
+    for (size_t i = 0; i < changed.size(); i++) targets[i] = {run.columns(outs[i]), changed[i].data(), run.at(outs[i])};
+    add_low_rank(run.native, run.at(x), run.columns(x), run.args.adapters, targets, int(changed.size()));
   });
 }
 
@@ -131,14 +151,16 @@ void rows(Program& program, int x, int out) {
 }
 
 // token_ids, positions, slots int32[T]; seq_starts int32[S + 1]; block_tables int32[S, max blocks]; logit_rows int32[R];
-// cosines, sines float32[T, d / 2] -> result
+// cosines, sines float32[T, d / 2]; adapters int32[S] or none -> result
 void run(Native& native, Program& program, const Cache& cache, const Ints& token_ids, const Ints& positions, const Ints& slots,
          const Ints& seq_starts, const Array<const int32_t, 2>& block_tables, const Ints& logit_rows,
-         const Array<const float, 2>& cosines, const Array<const float, 2>& sines, const Array<float, 2>& result) {
+         const Array<const float, 2>& cosines, const Array<const float, 2>& sines, const std::optional<Ints>& adapters,
+         const Array<float, 2>& result) {
   const size_t tokens = token_ids.shape(0);
   check(positions.shape(0) == tokens && slots.shape(0) == tokens && seq_starts.shape(0) == block_tables.shape(0) + 1 &&
             cosines.shape(0) == tokens && sines.shape(0) == tokens && sines.shape(1) == cosines.shape(1),
         "run: shapes of the batch don't agree");
+  const AdapterGroups groups = group_adapters(adapters, seq_starts, int64_t(tokens));
   const StepArgs args{
       .cache = cache,
       .tokens = int64_t(tokens),
@@ -154,6 +176,7 @@ void run(Native& native, Program& program, const Cache& cache, const Ints& token
       .cosines = cosines.data(),
       .sines = sines.data(),
       .half_dim = int64_t(cosines.shape(1)),
+      .adapters = groups,
   };
   const ProgramBuffer& out = program.buffer(program.result());
   check(int64_t(result.shape(0)) == (out.of_logit_rows ? args.logit_rows : args.tokens) && int64_t(result.shape(1)) == out.columns,
@@ -195,14 +218,15 @@ void bind_program(nb::module_& m, nb::class_<Native>& native) {
       .def_prop_ro("num_buffers", &Program::num_buffers)
       .def("embed", &embed, nb::arg("type"), nb::arg("source"), nb::arg("out"))
       .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"))
-      .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual"), nb::arg("outs"))
+      .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual"), nb::arg("outs"),
+           nb::arg("changes"))
       .def("rope", &rope, nb::arg("x"))
       .def("attend", &attend, nb::arg("layer"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"))
       .def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out"))
       .def("rows", &rows, nb::arg("x"), nb::arg("out"));
   native.def("run", &run, nb::arg("program"), nb::arg("cache"), nb::arg("token_ids"), nb::arg("positions"), nb::arg("slots"),
              nb::arg("seq_starts"), nb::arg("block_tables"), nb::arg("logit_rows"), nb::arg("cosines"), nb::arg("sines"),
-             nb::arg("result").noconvert());
+             nb::arg("adapters").none(), nb::arg("result").noconvert());
 }
 
 }  // namespace puna

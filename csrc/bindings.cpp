@@ -100,6 +100,7 @@ NB_MODULE(_native, m) {
       .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual").none(),
            nb::arg("outs").noconvert());
   bind_rest(m, native);
+  bind_adapters(m, native);
   bind_program(m, native);
   bind_bpe(m);
 }

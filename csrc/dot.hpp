@@ -16,12 +16,6 @@
 
 namespace puna::PUNA_ISA {
 
-#if defined(__clang__)
-#define PUNA_UNROLL _Pragma("unroll")
-#else
-#define PUNA_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 #if defined(__AVX512VNNI__)
 
 using Bytes = __m512i;

@@ -31,6 +31,28 @@ struct LinearTarget {
   float* out;              // [T, N]
 };
 
+// What one adapter adds to one output of a linear layer: scale x (x A^T) B^T.
+struct LowRank {
+  const float* down;  // A [rank, K]
+  const float* up;    // B^T [rank, N]
+  int64_t rank;       // 0: nothing
+  float scale;
+};
+
+// One output of a linear layer, and what every adapter adds to it.
+struct LowRankTarget {
+  int64_t rows;            // N
+  const LowRank* changes;  // by the adapter's number; null: no adapter changes it
+  float* out;              // [T, N]
+};
+
+// The tokens of a step that use one adapter.
+struct AdapterTokens {
+  int32_t adapter;
+  const int32_t* tokens;
+  int64_t count;
+};
+
 // Paged attention over one layer of the cache (cache.hpp).
 struct AttendArgs {
   const float* q;              // [T, heads * head_dim]
@@ -69,6 +91,9 @@ struct Kernels {
   // linear.cpp
   void (*pack)(ThreadPool& pool, int type, int64_t rows, int64_t columns, const uint8_t* source, uint8_t* packed);
   void (*linears)(ThreadPool& pool, const float* x, int64_t tokens, int64_t columns, const LinearTarget* targets, int count);
+  // low_rank.cpp
+  void (*add_low_rank)(ThreadPool& pool, const float* x, int64_t columns, const AdapterTokens* groups, int64_t group_count,
+                       const LowRankTarget* targets, int count);
   // decode.cpp: encoded rows -> float32 (embedding lookup, fallbacks)
   void (*decode_rows)(ThreadPool& pool, int type, int64_t columns, const uint8_t* source, const int32_t* index, int64_t count,
                       float* out);
@@ -91,7 +116,7 @@ struct Kernels {
 
 // Every kernel of the table, in its order.
 #define PUNA_KERNEL_NAMES(X) \
-  X(pack) X(linears) X(decode_rows) X(encode_rows) X(rms_norm) X(rope) X(swiglu) X(attend) X(sample) \
+  X(pack) X(linears) X(add_low_rank) X(decode_rows) X(encode_rows) X(rms_norm) X(rope) X(swiglu) X(attend) X(sample) \
   X(read_memory) X(multiply_int8) X(multiply_float32)
 
 // The names of all tables, best first. dispatch.cpp says which of them a machine can run.

@@ -6,7 +6,7 @@
 #include <mutex>
 #include <vector>
 
-#include "bind.hpp"
+#include "adapters.hpp"
 
 namespace puna {
 
@@ -23,6 +23,7 @@ struct StepArgs {
   const int32_t *token_ids, *positions, *slots, *seq_starts, *block_tables, *logit_row_index;
   const float *cosines, *sines;  // [tokens, half_dim]
   int64_t half_dim;
+  const AdapterGroups& adapters;
 };
 
 // One call under way: where its buffers lie.

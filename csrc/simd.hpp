@@ -12,10 +12,17 @@
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns of its own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
+#endif
+
+#if defined(__clang__)
+#define PUNA_UNROLL _Pragma("unroll")
+#else
+#define PUNA_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace puna::PUNA_ISA {

@@ -25,6 +25,14 @@ class RequestError(PunaError):
     """A generation request asks for something impossible: a bad parameter, an overlong prompt, a bad schema."""
 
 
+class ContextError(RequestError):
+    """A prompt is longer than the context that must hold it."""
+
+
+class NotFoundError(PunaError):
+    """The server keeps nothing under the id that was given, or keeps it for somebody else."""
+
+
 class StoreError(PunaError):
     """The local model store does not hold the model, or cannot be read or written."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from puna.config import ModelConfig, RopeScaling
-from puna.tensor import Weight
+from puna.tensor import Adapter, LowRank, Weight
 
 if TYPE_CHECKING:
     from puna.checkpoint import Checkpoint
@@ -110,3 +110,31 @@ def tiny_checkpoint(config: ModelConfig | None = None, seed: int = 0, weight_typ
 
     config = config or tiny_config()
     return Checkpoint(config, random_weights(config, seed, weight_type=weight_type))
+
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def random_adapter(
+    config: ModelConfig, rank: int, seed: int = 0, targets: tuple[str, ...] = TARGETS, size: float = 0.1
+) -> Adapter:
+    """Changes of standard deviation about ``size``, as large as the weights of ``random_weights``."""
+    rng = np.random.default_rng(seed)
+    changes = {}
+    for name, shape in tensor_shapes(config).items():
+        if name.split(".")[-2] in targets and name.endswith(".weight"):
+            a = rng.standard_normal((rank, shape[1]), dtype=np.float32)
+            b = rng.standard_normal((shape[0], rank), dtype=np.float32)
+            changes[name] = LowRank(a, b, size / rank**0.5)
+    return Adapter(changes)
+
+
+def merged(weights: dict[str, Weight], adapter: Adapter) -> dict[str, Weight]:
+    """The weights W + scale · B · A, in float32."""
+    changed = {}
+    for name, weight in weights.items():
+        values = weight.dequantize().astype(np.float64)
+        if change := adapter.changes.get(name):
+            values = values + change.scale * change.b.astype(np.float64) @ change.a.astype(np.float64)
+        changed[name] = Weight.from_array(name, values.astype(np.float32))
+    return changed

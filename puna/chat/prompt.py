@@ -17,7 +17,7 @@ from itertools import count, islice
 from typing import Any
 
 from puna.chat.messages import Message, parse_messages
-from puna.chat.template import ChatTemplate
+from puna.chat.template import Template
 from puna.errors import RequestError, TemplateError
 from puna.tokenizer import Tokenizer
 
@@ -69,7 +69,7 @@ class _Marked:
 
 
 def render_prompt(
-    template: ChatTemplate,
+    template: Template,
     tokenizer: Tokenizer,
     messages: Sequence[Message | Mapping[str, Any]],
     *,

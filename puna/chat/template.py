@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.exceptions import TemplateError as JinjaError
@@ -15,6 +15,26 @@ from puna.tokenizer import Tokenizer
 
 MAX_SOURCE = 1 << 20
 _END_OF_CONTENT = "\ue0ff continue here \ue0ff"
+
+
+class Template(Protocol):
+    """What a prompt is rendered with: a Jinja template, or one in Go's language."""
+
+    @property
+    def source(self) -> str:
+        """The template's text."""
+
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text. Raises TemplateError."""
 
 
 class ChatTemplate:
@@ -66,14 +86,14 @@ class ChatTemplate:
         if continue_final_message:
             if add_generation_prompt:
                 raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
-            plain[-1:] = [_with_end_marked(plain[-1])] if plain else []
+            plain[-1:] = [with_end_marked(plain[-1])] if plain else []
         given: dict[str, Any] = {
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
-            **{name: _plain(value) for name, value in variables.items()},
-            "messages": _plain(plain),
-            "tools": _plain(tools),
-            "documents": _plain(documents),
+            **{name: as_plain(value) for name, value in variables.items()},
+            "messages": as_plain(plain),
+            "tools": as_plain(tools),
+            "documents": as_plain(documents),
             "add_generation_prompt": add_generation_prompt,
         }
         meter = METER.set(Meter(size_of(given, 1 << 30)))
@@ -87,23 +107,24 @@ class ChatTemplate:
             raise TemplateError(f"the chat template fails on this conversation: {_describe(error)}") from None
         finally:
             METER.reset(meter)
-        return _cut_at_end_mark(text) if continue_final_message else text
+        return cut_at_end_mark(text) if continue_final_message else text
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """Only dictionaries, lists, text and numbers reach a template: nothing with methods of its own."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): as_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [as_plain(item) for item in value]
     raise TemplateError(f"a chat template takes text, numbers, lists and dictionaries, found {type(value).__name__}")
 
 
-def _with_end_marked(message: dict[str, Any]) -> dict[str, Any]:
+def with_end_marked(message: dict[str, Any]) -> dict[str, Any]:
+    """A last message whose end can be found in what is rendered. Raises TemplateError when it has no text."""
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": content + _END_OF_CONTENT}
@@ -113,7 +134,8 @@ def _with_end_marked(message: dict[str, Any]) -> dict[str, Any]:
     raise TemplateError("continue_final_message needs a last message with text")
 
 
-def _cut_at_end_mark(text: str) -> str:
+def cut_at_end_mark(text: str) -> str:
+    """What was rendered, up to the end of the marked message. Raises TemplateError when that is not shown."""
     before, mark, _after = text.rpartition(_END_OF_CONTENT)
     if not mark:
         raise TemplateError("the chat template does not show the last message, so it cannot be continued")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 
 import click
@@ -23,10 +24,15 @@ def list_models(available: bool, as_json: bool) -> None:
     if not rows:
         click.echo("No models yet. Try: puna pull smollm2", err=True)
         return
+    print_table(rows)
+
+
+def print_table(rows: Sequence[Mapping[str, object]]) -> None:
+    """Rows of equal fields, for people."""
     columns = list(rows[0])
     shown = [[_cell(name, row[name]) for name in columns] for row in rows]
     widths = [max(len(name), *(len(line[i]) for line in shown)) for i, name in enumerate(columns)]
-    for line in ([name.upper() for name in columns], *shown):
+    for line in ([name.replace("_", " ").upper() for name in columns], *shown):
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 

@@ -13,6 +13,7 @@ import click
 from puna.errors import RequestError
 
 if TYPE_CHECKING:
+    from puna.cli.remote import RemoteModel
     from puna.engine import Constraint
     from puna.llm import LLM
 
@@ -29,6 +30,7 @@ kv_type_option: Decorator = click.option(
     type=click.Choice(["f16", "bf16", "q8_0", "f32"]),
     help="What the key/value cache holds (default: f16).",
 )
+host_option: Decorator = click.option("--host", metavar="URL", help="A running server: host:port or a URL.")
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 context_option: Decorator = click.option(
     "--context-length",
@@ -103,7 +105,7 @@ def sampling_values(options: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def format_constraint(llm: LLM, text: str | None) -> Constraint | None:
+def format_constraint(llm: LLM | RemoteModel, text: str | None) -> Constraint | None:
     """``--format``: the word json, a JSON schema, or a file that holds one. Raises RequestError for anything else."""
     if text is None:
         return None

@@ -18,6 +18,7 @@ from puna.store.disk import disk_errors, write_text
 from puna.store.store import default_home
 
 if TYPE_CHECKING:
+    from puna.cli.remote import RemoteModel
     from puna.llm import LLM, Chunk
 
 HELP = """\
@@ -44,24 +45,31 @@ class Repl:
 
     def __init__(
         self,
-        llm: LLM,
+        llm: LLM | RemoteModel,
         model: str,
         *,
         system: str | None = None,
         answer_format: str | None = None,
+        adapter: str | None = None,
         sampling: dict[str, Any] | None = None,
         verbose: bool = False,
         read: Callable[[str], str] | None = None,
+        open_model: Callable[[str], LLM | RemoteModel],
     ) -> None:
-        """``read(prompt)`` gives the next line and raises EOFError at the end; by default it is the terminal's."""
+        """``read(prompt)`` gives the next line and raises EOFError at the end; by default it is the terminal's.
+
+        ``open_model`` is how ``/load MODEL`` gets one.
+        """
         self.llm = llm
         self.model = model
         self.system = system
         self.answer_format = answer_format
+        self.adapter = adapter
         self.sampling = dict(sampling or {})
         self.verbose = verbose
         self.messages: list[dict[str, Any]] = []
         self._read = read or terminal_reader()
+        self._open_model = open_model
 
     def run(self) -> None:
         """Read and answer until the user leaves."""
@@ -98,7 +106,8 @@ class Repl:
     def _answer(self, text: str) -> None:
         turn = [*self.messages, {"role": "user", "content": text}]
         head = [{"role": "system", "content": self.system}] if self.system is not None else []
-        options = self.sampling | {"constraint": format_constraint(self.llm, self.answer_format)}
+        constraint = format_constraint(self.llm, self.answer_format)
+        options = self.sampling | {"constraint": constraint, "adapter": self.adapter}
         if self.llm.has_template:
             chunks = self.llm.chat(head + turn, stream=True, **options)
         else:
@@ -188,8 +197,16 @@ class Repl:
         elif part == "system":
             click.echo(self.system or "")
         else:
-            from puna.cli.show import show
+            self._show_model(part)
 
+    def _show_model(self, part: str) -> None:
+        from puna.cli.remote import RemoteModel
+        from puna.cli.show import show
+
+        if isinstance(self.llm, RemoteModel):
+            facts = self.llm.remote.show(self.model)
+            click.echo(json.dumps(facts.get("details"), indent=1) if not part else str(facts.get(part, "")))
+        else:
             arguments = [self.model, *([f"--{part}"] if part else [])]
             show.main(arguments, standalone_mode=False)
 
@@ -214,10 +231,9 @@ class Repl:
         click.echo(f"Loaded the conversation {name}: {len(messages)} messages with {model}.")
 
     def _load_model(self, name: str) -> None:
-        from puna.llm import LLM
-
-        self.llm = LLM.load(name)
+        self.llm = self._open_model(name)
         self.model = name
+        self.adapter = None  # it was the other model's
 
 
 def terminal_reader() -> Callable[[str], str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from puna.errors import RequestError
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with (default: physical cores).")
 @click.option("--kv-type", type=click.Choice(["f16", "bf16", "q8_0", "f32"]), help="What the cache holds.")
 @click.option("--memory-budget", help="Memory that models may use: 6GB (default: 90 % of what is free).")
+@click.option("--adapter-dir", type=click.Path(path_type=Path), help="Where adapters may be loaded from.")
 @click.option("--log-requests", is_flag=True, default=None, help="Log prompts and answers too.")
 @click.option("--insecure", is_flag=True, default=None, help="Listen beyond this machine without a key.")
 def serve(**options: Any) -> None:
@@ -36,10 +35,13 @@ def serve(**options: Any) -> None:
     Every option can be set by PUNA_<OPTION>. OLLAMA_HOST, OLLAMA_KEEP_ALIVE, OLLAMA_CONTEXT_LENGTH,
     OLLAMA_NUM_PARALLEL, OLLAMA_MAX_LOADED_MODELS, OLLAMA_MAX_QUEUE and OLLAMA_ORIGINS work too.
     """
-    import uvicorn
+    from dataclasses import replace
 
     from puna.server.app import create_app
+    from puna.server.logs import configure_logs, logger
+    from puna.server.running import Server, check_settings, describe, listen
     from puna.server.settings import parse_bytes, parse_duration, read_settings
+    from puna.store import Store
 
     key_file = options.pop("api_key_file")
     keys = list(options.pop("api_keys"))
@@ -52,32 +54,15 @@ def serve(**options: Any) -> None:
     if options["memory_budget"] is not None:
         options["memory_budget"] = parse_bytes(options["memory_budget"], "--memory-budget")
     settings = read_settings({**options, "api_keys": tuple(keys) or None})
-    if not (settings.api_keys or settings.insecure or _is_loopback(settings.host)):
-        raise RequestError(
-            f"refusing to listen on {settings.host} without a key: anyone who reaches it could use it. Give --api-key, "
-            "or --insecure when the network itself is trusted"
-        )
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
-        log_level=logging.WARNING,
-        access_log=False,
-        timeout_graceful_shutdown=30,
-    )
-    click.echo(f"Puna serves on {settings.url}", err=True)
-    uvicorn.Server(config).run()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    store = Store()
+    check_settings(settings, store)
+    with listen(settings) as listening:
+        settings = replace(settings, port=listening.getsockname()[1])
+        configure_logs()
+        app = create_app(settings, store)
+        click.echo(f"Puna serves on {settings.url}")
+        logger.info("serving", extra={"facts": describe(settings)})
+        Server(app, settings).run(sockets=[listening])
 
 
 def _read_keys(path: Path) -> list[str]:

@@ -17,10 +17,14 @@ from puna.cli.progress import file_size, human_bytes
 @click.option("--template", "part", flag_value="template", help="Only the chat template.")
 @click.option("--system", "part", flag_value="system", help="Only the system prompt.")
 @click.option("--parameters", "part", flag_value="parameters", help="Only the default parameters.")
+@click.option("--modelfile", is_flag=True, help="The Modelfile that makes the model again.")
 @click.option("--license", "--licence", "part", flag_value="licence", help="Only the licence.")
 @json_option
-def show(model: str, part: str | None, as_json: bool) -> None:
+def show(model: str, part: str | None, modelfile: bool, as_json: bool) -> None:
     """Show what MODEL is: its shape, encoding, licence, template and defaults."""
+    if modelfile:
+        click.echo(modelfile_text(model), nl=False)
+        return
     facts = model_facts(model)
     if part is not None:
         facts = {part: facts[part]}
@@ -28,7 +32,9 @@ def show(model: str, part: str | None, as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     elif part is not None:
         value = facts[part]
-        click.echo("\n".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value or "")
+        if isinstance(value, dict):
+            value = "\n".join(f"{k} {v}" for k, v in value.items())
+        click.echo(value or "")
     else:
         for section, values in facts.items():
             if values:
@@ -71,12 +77,29 @@ def model_facts(model: str) -> dict[str, Any]:
             "size": manifest.size if manifest else total_bytes,
             "packed": file_size(found.packed),
         },
-        "licence": (manifest.licence if manifest else None) or checkpoint.description.get("license"),
+        "licence": ("\n\n".join(manifest.licence_texts) if manifest else None)
+        or (manifest.licence if manifest else None)
+        or checkpoint.description.get("license"),
         "parameters": dict(manifest.parameters) if manifest else {},
         "system": manifest.system if manifest else None,
+        "messages": dict(enumerate(map(": ".join, manifest.messages))) if manifest else {},
+        "adapters": {a.name: ", ".join(file.file for file in a.files) for a in manifest.adapters} if manifest else {},
         "template": (manifest.template if manifest else None) or checkpoint.chat_template,
         "lineage": vars(manifest.lineage) if manifest and manifest.lineage else None,
     }
+
+
+def modelfile_text(model: str) -> str:
+    """The Modelfile of a stored model. Raises StoreError for one that is not stored."""
+    from puna.checkpoint import open_checkpoint
+    from puna.llm.create import modelfile_of
+    from puna.store import Store
+    from puna.store.modelfile import write_modelfile
+
+    store = Store()
+    manifest = store.find(model)
+    template = manifest.template or open_checkpoint(store.path_of(manifest)).chat_template
+    return write_modelfile(modelfile_of(manifest, store, template))
 
 
 def _print_section(section: str, values: Any) -> None:

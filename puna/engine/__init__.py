@@ -1,5 +1,6 @@
 """Continuous batching over a paged key/value cache. Integers only: text lives above, arrays below."""
 
+from puna.engine.adapters import LoadedAdapter
 from puna.engine.engine import Engine, Stream
 from puna.engine.prefix_store import PrefixCache
 from puna.engine.request import (
@@ -21,6 +22,7 @@ __all__ = [
     "Engine",
     "Event",
     "FinishReason",
+    "LoadedAdapter",
     "Pooling",
     "PrefixCache",
     "PromptLogprob",

@@ -135,7 +135,9 @@ class _TokenizerAdapter:
         size = min(tokenizer.vocab_size, vocab_size)
         special = {i for i in range(size) if tokenizer.is_special(i)}
         self._encode = tokenizer.encode
-        self.tokens = [b"" if i in special else tokenizer.token_bytes(i) for i in range(size)]
+        texts = [b"" if i in special else tokenizer.token_bytes(i) for i in range(size)]
+        # A grammar may name a control token by its id, ``<[128010]>``; llguidance tells them apart by their spelling.
+        self.tokens = [f"<[{i}]>".encode() if i in special else text for i, text in enumerate(texts)]
         self.eos_ids = [i for i in eos_ids if i < size]
         if not self.eos_ids:
             # llguidance needs an end token: the first that is past the mask's last word, which cuts it off.
@@ -144,7 +146,7 @@ class _TokenizerAdapter:
             self.eos_ids = [beyond]
         self.eos_token_id = self.eos_ids[0]
         self.special_token_ids = sorted(special | set(self.eos_ids))
-        self._ids = {text: i for i, text in reversed(list(enumerate(self.tokens))) if text}
+        self._ids = {text: i for i, text in reversed(list(enumerate(texts))) if text}
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str) -> list[int]:

@@ -6,9 +6,10 @@ import itertools
 import time
 from array import array
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 
+from puna.engine.adapters import AdapterTable, LoadedAdapter
 from puna.engine.block_pool import BlockPool
 from puna.engine.prefix_store import PrefixCache, PrefixStore
 from puna.engine.request import Event, Request, Timings
@@ -18,6 +19,7 @@ from puna.engine.sequence import Sequence
 from puna.engine.speculation import Limits, Speculation, Speculator
 from puna.errors import RequestError
 from puna.ops.protocol import SamplingRow
+from puna.tensor import Adapter
 
 
 class Engine:
@@ -76,11 +78,14 @@ class Engine:
         prefixes = None if prefix_cache is None else PrefixStore(prefix_cache, model.config, model.ops, kv)
         self.scheduler = Scheduler(BlockPool(num_blocks, block_size), max_batch_tokens, max_sequences, prefixes)
         max_blocks = self.scheduler.pool.blocks_for(self.context_length)
+        self._adapters = AdapterTable(model)
         self._runner = Runner(model, kv, max_batch_tokens, max_sequences, max_blocks)
         self._speculator: Speculator | None = None
         if speculation is not None:
             vocab_size = model.config.vocab_size
-            limits = Limits(num_blocks, block_size, self.context_length, max_batch_tokens, max_sequences, vocab_size)
+            limits = Limits(
+                num_blocks, block_size, self.context_length, max_batch_tokens, max_sequences, vocab_size, kv_type
+            )
             self._speculator = Speculator(speculation, limits, self.scheduler)
         self._ids = itertools.count()
         self._streams: dict[int, Stream] = {}
@@ -93,7 +98,9 @@ class Engine:
     def submit(self, request: Request) -> Stream:
         """Queue a request. Raises RequestError when it can never be answered."""
         self._check(request)
-        sequence = Sequence(next(self._ids), request, self.context_length, self.model.config.vocab_size)
+        adapter = None if request.adapter is None else self._adapters.find(request.adapter)
+        vocab_size = self.model.config.vocab_size
+        sequence = Sequence(next(self._ids), request, self.context_length, vocab_size, adapter)
         stream = Stream(self, sequence)
         self._streams[sequence.id] = stream
         self.scheduler.add(sequence)
@@ -129,6 +136,27 @@ class Engine:
         event = self.scheduler.finish(stream.sequence, "cancelled")
         self._deliver(event)
         return event
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The adapters that requests may name."""
+        return self._adapters.by_name
+
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        """Let requests name an adapter of this model. Requests that run are not disturbed.
+
+        Raises RequestError when the name is taken.
+        """
+        self._adapters.load(name, adapter)
+        self._runner.model = self._adapters.model
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter. Raises RequestError when there is none of that name, or while requests use it."""
+        users = sum(stream.request.adapter == name for stream in self._streams.values())
+        if users:
+            raise RequestError(f"adapter {name!r} is in use by {users} requests; wait for them or cancel them first")
+        self._adapters.unload(name)
+        self._runner.model = self._adapters.model
 
     def check_idle(self) -> None:
         """Assert that nothing is left of requests that have ended: for tests, between two steps without work."""

@@ -16,8 +16,10 @@ CATCH_UP = 16  # tokens; a sequence further behind drafts nothing in that step
 
 class DraftedSequence:
     """A sequence as the draft model sees it: ``num_confirmed`` tokens that it had when it was last looked at, the
-    drafted ones after them, and blocks of the draft model's cache.
+    drafted ones after them, and blocks of the draft model's cache. The draft model has no adapters.
     """
+
+    adapter = -1
 
     def __init__(self) -> None:
         self.tokens = array("i")
@@ -59,7 +61,7 @@ class ModelDrafter:
         self._pool = BlockPool(limits.num_blocks, limits.block_size)
         self._max_tokens = limits.max_batch_tokens
         self._max_length = min(limits.context_length, model.config.max_position_embeddings)
-        kv = model.ops.new_kv(model.config, limits.num_blocks, limits.block_size)
+        kv = model.ops.new_kv(model.config, limits.num_blocks, limits.block_size, limits.kv_type)
         max_blocks = self._pool.blocks_for(limits.context_length)
         self._runner = Runner(model, kv, limits.max_batch_tokens, limits.max_sequences, max_blocks)
         self._sequences: dict[int, DraftedSequence] = {}

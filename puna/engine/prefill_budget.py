@@ -1,33 +1,31 @@
-"""How much of a prompt a step may compute while others wait for their next token: from the time that steps take."""
+"""How much of a long prompt a step computes while others wait for their next token: from the time that steps take."""
 
 from __future__ import annotations
 
 from collections import deque
 
-SHARE = 0.75  # of the time that decoding takes beside it
+SHARE = 1.25  # of the time that decoding takes beside it
 FIRST_CHUNK = 64  # tokens, before anything was measured
 NUM_RECENT = 15  # measurements
 LEAST_SHARE = 0.1  # of a mixed step's time that its prompt tokens are assumed to have cost
 
 
 class PrefillBudget:
-    """Prompt tokens for one step, so that they take three quarters of the time of the decoding beside them.
+    """Tokens of long prompts for one step, so that they take little more time than the decoding beside them.
 
-    Then a stream's gap between tokens is on average less than twice what it is without prompts. Where more sequences
-    wait for their first token than for their next one, prompts get so many times more: everyone has an equal share.
-    Answers do not depend on how prompts are cut, so measured times may decide it. Seconds in, tokens out, no clock.
+    A stream's gap between tokens is then about twice what it is without them. Answers do not depend on how prompts are
+    cut, so measured times may decide it. Seconds in, tokens out, no clock.
     """
 
     def __init__(self) -> None:
         self._decode_seconds: dict[int, _Recent] = {}  # of a step that only decodes, by its sequences' magnitude
         self._token_seconds = _Recent()  # of one more prompt token in a step
 
-    def tokens(self, num_decoding: int, num_prefilling: int) -> int:
-        """The most prompt tokens for a step in which ``num_decoding`` sequences get their next token."""
-        share = max(1.0, num_prefilling / num_decoding)
+    def tokens(self, num_decoding: int) -> int:
+        """The most tokens of long prompts for a step in which ``num_decoding`` sequences get their next token."""
         decode, token = self._decoding(num_decoding), self._token_seconds.median
         chunk = FIRST_CHUNK if decode is None or token is None else SHARE * decode / token
-        return max(1, int(chunk * share))  # a prompt always gets on
+        return max(1, int(chunk))  # a prompt always gets on
 
     def observe(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:
         """Learn from the time that a step took."""

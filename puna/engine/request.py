@@ -133,9 +133,9 @@ class Constraint(Protocol):
 class Request:
     """One prompt, as token ids, and what to do with it.
 
-    ``eos_ids`` end the answer. Prompts share cached keys and values only under an equal ``cache_salt``. ``tenant`` is
-    whom it is for: each gets an equal share of the work (FairQueue). ``seed`` is the one that is used: ``params.seed``,
-    or a random one.
+    ``eos_ids`` end the answer. Prompts share cached keys and values only under an equal ``cache_salt``. ``adapter`` is
+    the name of a loaded one (Engine.load_adapter), None for the bare model. ``tenant`` is whom it is for: each gets an
+    equal share of the work (FairQueue). ``seed`` is the one that is used: ``params.seed``, or a random one.
 
     With ``shift``, a full context is no end: the older half of the tokens after the first ``num_keep`` is forgotten and
     the rest computed again, at the places that it has then (Timings.shifts counts). With ``pooling`` (``mean`` or
@@ -152,6 +152,7 @@ class Request:
     shift: bool = False
     num_keep: int = 0
     pooling: Pooling | None = None
+    adapter: str | None = None
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from puna.config import ModelConfig
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
+from puna.tensor import Adapter
 
 
 class RunnableModel(Protocol):
@@ -26,13 +27,21 @@ class RunnableModel(Protocol):
 
     def hidden(self, batch: Batch, kv: KVCache) -> Array: ...
 
+    def upload(self, adapter: Adapter) -> Any: ...
+
+    def adapted(self, adapters: Sequence[Any]) -> RunnableModel: ...
+
 
 class Cached(Protocol):
-    """Tokens whose keys and values lie in blocks: the first ``num_computed`` of them already do."""
+    """Tokens whose keys and values lie in blocks: the first ``num_computed`` of them already do.
+
+    ``adapter`` is the number of the adapter that computes them, -1 for none.
+    """
 
     tokens: array[int]
     blocks: array[int]
     num_computed: int
+    adapter: int
 
 
 class Part(Protocol):
@@ -55,12 +64,12 @@ class Part(Protocol):
 
 
 class Runner:
-    """Runs steps. The arrays of its batches are made once and overwritten by the next step."""
+    """Runs steps of ``model``. The arrays of its batches are made once and overwritten by the next step."""
 
     def __init__(
         self, model: RunnableModel, kv: KVCache, max_batch_tokens: int, max_sequences: int, max_blocks: int
     ) -> None:
-        self._model = model
+        self.model = model
         self._kv = kv
         self._tokens = np.zeros(max_batch_tokens, np.int32)
         self._positions = np.zeros(max_batch_tokens, np.int32)
@@ -69,24 +78,26 @@ class Runner:
         self._seq_starts = np.zeros(max_sequences + 1, np.int32)
         self._context_lens = np.zeros(max_sequences, np.int32)
         self._block_tables = np.zeros((max_sequences, max_blocks), np.int32)
+        self._adapters = np.zeros(max_sequences, np.int32)
 
     def run(self, works: Sequence[Part], rows: Sequence[SamplingRow]) -> list[Sampled]:
         """Compute a step. ``rows`` are those of the works that sample, one and one for each drafted token, in order;
         then those of the prompt tokens that are scored.
         """
-        logits = self._model.forward(self.batch(works), self._kv)
-        return self._model.ops.sample(logits, rows) if rows else []
+        logits = self.model.forward(self.batch(works), self._kv)
+        return self.model.ops.sample(logits, rows) if rows else []
 
     def hidden(self, works: Sequence[Part]) -> list[NDArray[np.float32]]:
         """Compute a step; the final hidden states [T, D] of each work's tokens."""
         batch = self.batch(works)
-        states = self._model.ops.to_host(self._model.hidden(batch, self._kv))
+        states = self.model.ops.to_host(self.model.hidden(batch, self._kv))
         return np.split(states, batch.seq_starts[1:-1])
 
     def batch(self, works: Sequence[Part]) -> Batch:
         """The step as arrays, valid until the next call."""
         size = self._kv.block_size
         end = num_rows = 0
+        adapted = False
         for s, work in enumerate(works):
             sequence, draft = work.sequence, work.draft
             count = work.num_tokens + len(draft)
@@ -106,6 +117,8 @@ class Runner:
             self._block_tables[s, : len(sequence.blocks)] = sequence.blocks
             self._seq_starts[s + 1] = end
             self._context_lens[s] = first + count
+            self._adapters[s] = sequence.adapter
+            adapted = adapted or sequence.adapter >= 0
             if draft:
                 self._logit_rows[num_rows : num_rows + 1 + len(draft)] = range(end - 1 - len(draft), end)
                 num_rows += 1 + len(draft)
@@ -126,4 +139,5 @@ class Runner:
             block_tables=self._block_tables[:n],
             context_lens=self._context_lens[:n],
             logit_rows=self._logit_rows[:num_rows],
+            adapters=self._adapters[:n] if adapted else None,
         )

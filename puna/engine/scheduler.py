@@ -42,11 +42,11 @@ class Scheduler:
     """Continuous batching with chunked prefill, fair between tenants.
 
     A step computes at most ``max_batch_tokens`` tokens of at most ``max_sequences`` sequences. Those that are one token
-    behind come first. Prompts share what is left, or what PrefillBudget allows beside them: the next tokens are those
-    of the tenant that got least (FairQueue), first come, first served within a tenant. A sequence is admitted when
-    there are blocks for all of its tokens. When blocks run out, the sequence that was admitted last waits again and is
-    computed again later, before any new one is admitted. The one that was admitted first is never put back, so there
-    is always progress.
+    behind come first. Prompts share what is left, those that no step can hold what PrefillBudget allows: the next
+    tokens are those of the tenant that got least (FairQueue), first come, first served within a tenant. A sequence is
+    admitted when there are blocks for all of its tokens. When blocks run out, the sequence that was admitted last waits
+    again and is computed again later, before any new one is admitted. The one that was admitted first is never put
+    back, so there is always progress.
     """
 
     def __init__(
@@ -166,9 +166,8 @@ class Scheduler:
         """Give what the step has left to those that are further behind, and to new ones while there are places."""
         prompts = [sequence for sequence in self.running if sequence.behind > 1]
         left = self.max_batch_tokens - len(works)
-        if works:
-            places = max(0, max_sequences - len(self.running))
-            left = min(left, self.prefill_budget.tokens(len(works), len(prompts) + min(len(self.waiting), places)))
+        # A prompt of one step is over at once; cut small, it would only cost more.
+        left_of_long = self.prefill_budget.tokens(len(works)) if works else left
         held: set[int] = set()
         while left > 0:
             new = self.waiting.candidates() if len(self.running) < max_sequences else []
@@ -176,8 +175,14 @@ class Scheduler:
             if not choices:
                 return
             sequence = min(choices, key=self.waiting.work)
+            long = sequence.behind > self.max_batch_tokens
             if sequence in prompts:
                 prompts.remove(sequence)
+                if long and left_of_long <= 0:
+                    continue
+            elif long and left_of_long <= 0:
+                held.add(sequence.id)
+                continue
             else:
                 admitted = self._admit(sequence)
                 if admitted is None:  # its tenant's other sequences wait with it
@@ -188,8 +193,10 @@ class Scheduler:
                     continue
             # A row of logits costs as much as several tokens, and much more memory.
             cost = SCORING_COST if sequence.scores_prompt else 1
-            works.append(self._work(sequence, min(sequence.behind, max(1, left // cost))))
+            room = min(left, left_of_long) if long else left
+            works.append(self._work(sequence, min(sequence.behind, max(1, room // cost))))
             left -= works[-1].num_tokens * cost
+            left_of_long -= works[-1].num_tokens * cost if long else 0
 
     def _work(self, sequence: Sequence, num_tokens: int) -> Work:
         self.waiting.charge(sequence, num_tokens)
@@ -203,7 +210,7 @@ class Scheduler:
         None when another one is about to compute what it can then take over.
         """
         pool = self.pool
-        reusable, salt = sequence.reusable, sequence.request.cache_salt
+        reusable, salt = sequence.reusable, sequence.cache_salt
         cached = pool.match(reusable, salt)
         missing = pool.blocks_for(len(sequence.tokens)) - len(cached)
         end = (len(cached) + 1) * pool.block_size
@@ -227,7 +234,7 @@ class Scheduler:
         """Whether a sequence that runs begins with these full blocks and has not computed the last of them yet."""
         end = len(prefix)
         return any(
-            other.num_computed < end and other.request.cache_salt == salt and other.tokens[:end] == prefix
+            other.num_computed < end and other.cache_salt == salt and other.tokens[:end] == prefix
             for other in self.running
         )
 
@@ -254,7 +261,7 @@ class Scheduler:
                 sequence.blocks[i],
                 sequence.blocks[i - 1] if i else None,
                 sequence.tokens[i * size : (i + 1) * size],
-                sequence.request.cache_salt,
+                sequence.cache_salt,
             )
             sequence.num_registered += 1
 
@@ -270,7 +277,7 @@ class Scheduler:
             self.running.remove(sequence)
             if self.prefixes is not None:
                 full = sequence.blocks[: sequence.num_registered]
-                self.prefixes.save(sequence.tokens, sequence.request.cache_salt, full)
+                self.prefixes.save(sequence.tokens, sequence.cache_salt, full)
             self._free(sequence)
         else:
             self.waiting.take(sequence)

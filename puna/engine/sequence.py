@@ -9,6 +9,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 from numpy.typing import NDArray
 
+from puna.engine.adapters import LoadedAdapter
 from puna.engine.draft_length import DraftLength
 from puna.engine.request import ConstraintState, Event, FinishReason, PromptLogprob, Request, Timings
 from puna.engine.sampler import Sampler
@@ -26,16 +27,26 @@ class Sequence:
 
     That number is all there is to prefill (many behind), decoding (one behind), a cached prefix and preemption.
     ``tokens`` (prompt, then answer) and ``blocks`` are arrays of C ints, which the runner copies at memory speed.
-    The first ``num_registered`` blocks are full and known to the block pool.
+    The first ``num_registered`` blocks are full and known to the block pool, which shares them under an equal
+    ``cache_salt``: the request's, and what the adapter contains.
 
     ``wants_token``: whether there is anything to sample when it has caught up. ``scores_prompt``: whether log
     probabilities of the prompt are still to be computed.
     """
 
-    def __init__(self, request_id: int, request: Request, context_length: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        request_id: int,
+        request: Request,
+        context_length: int,
+        vocab_size: int,
+        adapter: LoadedAdapter | None = None,
+    ) -> None:
         """Raises RequestError when the constraint cannot start."""
         self.id = request_id
         self.request = request
+        self.adapter = -1 if adapter is None else adapter.number
+        self.cache_salt = f"{adapter.digest if adapter else ''}:{request.cache_salt}"
         self.tokens = array("i", request.prompt_ids)
         self.num_prompt = len(self.tokens)
         self.num_computed = 0

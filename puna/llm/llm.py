@@ -13,15 +13,20 @@ import psutil
 from numpy.typing import NDArray
 
 from puna.chat.builtin import builtin_template
+from puna.chat.go_template import chat_template as make_template
 from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
-from puna.chat.template import ChatTemplate
+from puna.chat.template import Template
+from puna.chat.tools import ToolFormat, tool_format
 from puna.checkpoint import open_checkpoint
-from puna.engine import Constraint, Engine, PrefixCache, Request, SamplingParams, Speculation
+from puna.checkpoint.lora import read_adapter
+from puna.engine import Constraint, Engine, LoadedAdapter, PrefixCache, Request, SamplingParams, Speculation
+from puna.engine.runner import RunnableModel
 from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
 from puna.llm.identity import model_identity
+from puna.llm.ollama_options import parse_options
 from puna.llm.packing import bind_model
 from puna.llm.speculative import speculation as make_speculation
 from puna.model.model import Model
@@ -60,6 +65,7 @@ class LLM:
         *,
         chat_template: str | None = None,
         system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
         defaults: Mapping[str, Any] | None = None,
         context_length: int | None = None,
         kv_type: str | None = None,
@@ -67,9 +73,13 @@ class LLM:
         prefix_cache: PrefixCache | None = None,
         max_sequences: int = MAX_SEQUENCES,
     ) -> None:
-        """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none."""
+        """Prefer ``LLM.load``. ``system`` and ``defaults`` (sampling parameters) apply where a call gives none.
+
+        ``history``: (role, text) of messages that every chat begins with.
+        """
         self.model = model
         self.system = system
+        self.history = [Message(role, text) for role, text in history]
         self.config = model.config
         self.tokenizer = tokenizer
         self.defaults = dict(defaults or {})
@@ -78,9 +88,11 @@ class LLM:
         context = context_length
         if context is None:
             context = min(model.config.max_position_embeddings, DEFAULT_CONTEXT)
+        draft = None if speculation is None else speculation.draft_model
+        with_cache = [model] if draft is None else [model, draft]
         self.engine = Engine(
             model,
-            num_blocks=_cache_blocks(model, context, kv_type, explicit=context_length is not None),
+            num_blocks=_cache_blocks(with_cache, context, kv_type, explicit=context_length is not None),
             context_length=context,
             block_size=BLOCK_SIZE,
             kv_type=kv_type,
@@ -109,8 +121,9 @@ class LLM:
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
-        ``context_length`` (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to
-        the physical cores. ``ops``: ``native`` or ``reference``, or ops to share with other models. ``kv_type``: what
+        A stored model's own settings hold where nothing else is asked for (docs/modelfile.md). ``context_length``
+        (tokens of prompt and answer) defaults to the model's, at most 8192. ``threads`` defaults to the physical cores.
+        ``ops``: ``native`` or ``reference``, or ops to share with other models. ``kv_type``: what
         keys and values are kept as, ``f16`` (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or
         ``f32``. ``speculative``: ``ngram`` or ``off``; ``draft_model`` is a smaller model of the same vocabulary,
         loaded in the same way (docs/speculative.md). ``packed``: start from the models' packed files where there are
@@ -128,6 +141,10 @@ class LLM:
                 f"{found.path} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the weights"
             )
         manifest = found.manifest
+        stored = parse_options(manifest.parameters if manifest else {})
+        if context_length is None and stored.num_ctx is not None:
+            context_length = min(stored.num_ctx, checkpoint.config.max_position_embeddings)
+        threads = stored.num_thread if threads is None else threads
         model_ops = make_ops(ops, threads) if ops is None or isinstance(ops, str) else ops
         speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed)
         return cls(
@@ -135,7 +152,8 @@ class LLM:
             tokenizer,
             chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
             system=manifest.system if manifest else None,
-            defaults=manifest.parameters if manifest else None,
+            history=manifest.messages if manifest else (),
+            defaults=stored.sampling,
             context_length=context_length,
             kv_type=kv_type,
             speculation=speculation,
@@ -158,13 +176,18 @@ class LLM:
         self.__dict__.clear()
 
     @cached_property
-    def template(self) -> ChatTemplate:
+    def template(self) -> Template:
         """The chat template: the model's own, or the one its special tokens call for.
 
         Raises TemplateError for a broken one, and for a base model, which has none.
         """
         source = self._chat_template or builtin_template(self.tokenizer)
-        return ChatTemplate.for_tokenizer(source, self.tokenizer)
+        return make_template(source, self.tokenizer)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model is told of tools and writes calls. Raises TemplateError as ``template`` does."""
+        return tool_format(self.template, self.tokenizer)
 
     @property
     def has_template(self) -> bool:
@@ -185,6 +208,23 @@ class LLM:
     def eos_ids(self) -> frozenset[int]:
         """Every token id that ends an answer."""
         return frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_ids)
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Read a LoRA adapter, a folder that PEFT saved or a GGUF file, which calls may then name (docs/adapters.md).
+
+        It changes nothing for calls that don't. Raises CheckpointError when it is no adapter of this model, and
+        RequestError when the name is taken.
+        """
+        self.engine.load_adapter(name, read_adapter(path, self.config))
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter. Raises RequestError when there is none of that name, or while an answer uses it."""
+        self.engine.unload_adapter(name)
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The loaded adapters by name, with their ``rank`` and the memory they take, ``nbytes``."""
+        return self.engine.adapters
 
     def sampling(self, params: SamplingParams | None = None, **overrides: Any) -> SamplingParams:
         """``params``, or the model's defaults with ``overrides``. Raises RequestError for a parameter that is none."""
@@ -218,22 +258,23 @@ class LLM:
         *,
         stream: bool = False,
         constraint: Constraint | None = None,
+        adapter: str | None = None,
         parse_special: bool = False,
         **sampling: Any,
     ) -> Completion | list[Completion] | Iterator[Chunk]:
         """Continue raw text, several texts at once in one batch, with no chat template.
 
         ``sampling`` are fields of SamplingParams (``temperature``, ``max_tokens``, ``seed``, ``stop``, …). With
-        ``stream``, pieces come as they are ready. ``constraint`` comes from ``llm.constraints``. ``parse_special``
-        reads control tokens in the prompt's text as such. Raises RequestError.
+        ``stream``, pieces come as they are ready. ``constraint`` comes from ``llm.constraints``. ``adapter`` names a
+        loaded one. ``parse_special`` reads control tokens in the prompt's text as such. Raises RequestError.
 
         >>> llm.generate("The capital of France is", temperature=0, max_tokens=1).text
         ' Paris'
         >>> "".join(chunk.text for chunk in llm.generate("1, 2, 3,", temperature=0, max_tokens=2, stream=True))
         ' 4'
         """
-        encoded = [self._encode(text, parse_special) for text in _texts(prompts)]
-        requests = [self._request(ids, self.sampling(params, **sampling), constraint) for ids in encoded]
+        encoded = [self.encode(text, parse_special=parse_special) for text in _texts(prompts)]
+        requests = [self._request(ids, self.sampling(params, **sampling), constraint, adapter) for ids in encoded]
         chunks = stream_chunks(self.engine, requests, self.tokenizer)
         if stream:
             return chunks
@@ -266,17 +307,19 @@ class LLM:
         stream: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         constraint: Constraint | None = None,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Completion | Iterator[Chunk]:
         """Answer a conversation (``{"role", "content"}``) through the model's chat template.
 
-        Control tokens in a message's text are plain text to the model. Raises RequestError, TemplateError.
+        Control tokens in a message's text are plain text to the model. Options as for ``generate``. Raises
+        RequestError, TemplateError.
 
         >>> llm.chat([{"role": "user", "content": "What is 2+2?"}], temperature=0, stop=["4"]).text
         'The answer to this classic math problem is '
         """
         prompt = self.prompt(messages, tools=tools)
-        requests = [self._request(prompt.ids, self.sampling(params, **sampling), constraint)]
+        requests = [self._request(prompt.ids, self.sampling(params, **sampling), constraint, adapter)]
         chunks = stream_chunks(self.engine, requests, self.tokenizer)
         return chunks if stream else collect(chunks, requests)[0]
 
@@ -284,10 +327,30 @@ class LLM:
         self, messages: Sequence[Message | Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> Prompt:
         """The exact text and token ids that ``chat`` gives to the model, and where each came from."""
+        return render_prompt(self.template, self.tokenizer, self.conversation(messages), tools=tools)
+
+    def conversation(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[Message]:
+        """The messages, checked, behind what the model brings along: its system prompt, unless there is one, and its
+        example messages. Raises RequestError.
+        """
         parsed = parse_messages(messages)
         if self.system is not None and not any(message.role == "system" for message in parsed):
             parsed.insert(0, Message("system", self.system))
-        return render_prompt(self.template, self.tokenizer, parsed, tools=tools)
+        head = 1 if parsed[0].role == "system" else 0
+        return [*parsed[:head], *self.history, *parsed[head:]]
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The ids of a raw prompt: after one BOS, if the model wants it.
+
+        ``parse_special`` reads control tokens that the text spells as such.
+
+        >>> llm.encode("Hello world")
+        [19556, 905]
+        """
+        ids = self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos, parse_special=parse_special)
+        if ids[:2] == [self.tokenizer.bos_id] * 2:  # the text spells the one that would be put before it
+            del ids[0]
+        return ids
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32[T, V]: row t holds the scores of the token after ``ids[t]``.
@@ -325,16 +388,12 @@ class LLM:
         whole = self.tokenizer.encode(stripped + continuation, add_bos=self.tokenizer.add_bos)
         return scoring.score(self.model, prompt_ids, whole[len(prompt_ids) :], self.kv_type)
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
-        ids = self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos, parse_special=parse_special)
-        if ids[:2] == [self.tokenizer.bos_id] * 2:  # the text spells the one that would be put before it
-            del ids[0]
-        return ids
-
-    def _request(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None) -> Request:
+    def _request(
+        self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None, adapter: str | None
+    ) -> Request:
         if constraint is not None and not hasattr(constraint, "start"):
             raise RequestError(f"constraint must come from llm.constraints, found {type(constraint).__name__}")
-        return Request(ids, params, self.eos_ids, constraint)
+        return Request(ids, params, self.eos_ids, constraint, adapter=adapter)
 
 
 def _texts(given: str | Sequence[str]) -> list[str]:
@@ -344,10 +403,10 @@ def _texts(given: str | Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def _cache_blocks(model: Model, context_length: int, kv_type: str | None, *, explicit: bool) -> int:
+def _cache_blocks(models: Sequence[RunnableModel], context_length: int, kv_type: str | None, *, explicit: bool) -> int:
     """Room for four full contexts, in at most half of the free memory; pages are only taken when they are used."""
     one_context = -(-context_length // BLOCK_SIZE)
-    block_bytes = model.ops.kv_bytes_per_token(model.config, kv_type) * BLOCK_SIZE
+    block_bytes = BLOCK_SIZE * sum(model.ops.kv_bytes_per_token(model.config, kv_type) for model in models)
     affordable = psutil.virtual_memory().available // 2 // block_bytes
     if affordable < one_context and explicit:
         raise RequestError(

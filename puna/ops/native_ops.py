@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from puna.ops.native_program import Forward, Traced, trace
 from puna.ops.packed_file import PackedFile, PackedMatrix, packed_error
 from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow, UploadedWeight
 from puna.ops.threads import default_threads
-from puna.tensor import QUANT_TYPES, Weight
+from puna.tensor import QUANT_TYPES, LowRank, Weight
 from puna.tensor.mapped import drop_mapped_pages
 from puna.tensor.types import QuantType
 
@@ -41,12 +42,29 @@ class NativeWeight:
     source: Weight | None
     panels: Any = None
     looked_up: bool = False
+    changes: ClassVar[None] = None
 
     def lookup(self) -> tuple[int, NDArray[np.uint8]]:
         """The type's number and the encoded rows, which are kept from now on."""
         assert self.source is not None, f"{self.name} was packed before its first lookup"
         self.looked_up = True
         return self.source.type.gguf_id, self.source.data
+
+
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """A matrix, and the ``changes`` that adapters make to it (_native.Changes)."""
+
+    base: NativeWeight
+    changes: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+
+Matrix = NativeWeight | AdaptedWeight
+NativeChange = tuple[Floats, Floats, float]
 
 
 @dataclass
@@ -79,6 +97,7 @@ class NativeOps:
             raise RequestError(f"this machine cannot run {isa!r} kernels; it has {', '.join(known)} (see PUNA_ISA)")
         self._native = _native.Native(threads or default_threads(), isa)
         self._panel_memory = _PanelMemory()
+        self._adapters: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
         self.threads: int = self._native.threads
         self.isa: str = self._native.isa
 
@@ -86,6 +105,12 @@ class NativeOps:
         if len(weight.shape) != 2:
             return np.ascontiguousarray(weight.dequantize())
         return NativeWeight(weight.name, (weight.shape[0], weight.shape[1]), weight)
+
+    def low_rank(self, change: LowRank) -> NativeChange:
+        return np.ascontiguousarray(change.a), np.ascontiguousarray(change.b.T), change.scale
+
+    def adapted(self, weight: NativeWeight, changes: Sequence[NativeChange | None]) -> AdaptedWeight:
+        return AdaptedWeight(weight, _native.Changes(*weight.shape, list(changes)))
 
     def encode(
         self, kind: QuantType, values: NDArray[np.float32], importance: NDArray[np.float32] | None = None
@@ -161,9 +186,18 @@ class NativeOps:
     def compiled(self, forward: Forward) -> Callable[[Batch, KVCache], Floats]:
         return _Compiled(self, forward)
 
-    def panels(self, w: NativeWeight) -> Any:
+    def panels(self, w: Matrix) -> Any:
         """The panels of a matrix, made when it is first multiplied by: an embedding that is no head needs none."""
-        return w.panels or self._pack(w)
+        base = w.base if isinstance(w, AdaptedWeight) else w
+        return base.panels or self._pack(base)
+
+    def for_batch(self, batch: Batch) -> NativeOps:
+        """These ops, with the adapters of one batch."""
+        if batch.adapters is None:
+            return self
+        ops = copy.copy(self)
+        ops._adapters = batch.adapters, batch.seq_starts
+        return ops
 
     def embed(self, table: NativeWeight, tokens: NDArray[np.int32]) -> Floats:
         out = np.empty((len(tokens), table.shape[1]), np.float32)
@@ -175,18 +209,13 @@ class NativeOps:
         self._native.rms_norm(x, weight, eps, out)
         return out
 
-    def linear(self, x: Floats, w: NativeWeight, bias: Floats | None = None, residual: Floats | None = None) -> Floats:
-        out = np.empty((len(x), w.shape[0]), np.float32)
-        self._native.linears(x, [self.panels(w)], [bias], residual, [out])
-        return out
+    def linear(self, x: Floats, w: Matrix, bias: Floats | None = None, residual: Floats | None = None) -> Floats:
+        return self._linears(x, [w], [bias], residual)[0]
 
     def linears(
-        self, x: Floats, weights: Sequence[NativeWeight], biases: Sequence[Floats | None] | None = None
+        self, x: Floats, weights: Sequence[Matrix], biases: Sequence[Floats | None] | None = None
     ) -> list[Floats]:
-        outs = [np.empty((len(x), w.shape[0]), np.float32) for w in weights]
-        panels = [self.panels(w) for w in weights]
-        self._native.linears(x, panels, list(biases) if biases else [None] * len(outs), None, outs)
-        return outs
+        return self._linears(x, weights, list(biases) if biases else [None] * len(weights), None)
 
     def rope_angles(self, positions: NDArray[np.int32], inverse_frequencies: Floats, scale: float) -> Angles:
         angles = positions[:, None].astype(np.float32) * inverse_frequencies
@@ -216,6 +245,16 @@ class NativeOps:
 
     def to_host(self, x: Floats) -> Floats:
         return x
+
+    def _linears(
+        self, x: Floats, weights: Sequence[Matrix], biases: list[Floats | None], residual: Floats | None
+    ) -> list[Floats]:
+        outs = [np.empty((len(x), w.shape[0]), np.float32) for w in weights]
+        self._native.linears(x, [self.panels(w) for w in weights], biases, residual, outs)
+        changes = [w.changes for w in weights]
+        if self._adapters is not None and any(changes):
+            self._native.add_low_rank(x, *self._adapters, changes, outs)
+        return outs
 
     def _cache_shape(
         self, config: ModelConfig, num_blocks: int, block_size: int, kv_type: str | None
@@ -250,7 +289,7 @@ class _Compiled:
             self._traceable = self._traced is not None
         traced = self._traced
         if traced is None:
-            eager: Floats = self._forward(self._ops, batch, kv)
+            eager: Floats = self._forward(self._ops.for_batch(batch), batch, kv)
             return eager
         angles = traced.angles
         cosines, sines = self._ops.rope_angles(batch.positions, angles.inverse_frequencies, angles.scale)
@@ -267,6 +306,7 @@ class _Compiled:
             batch.logit_rows,
             cosines,
             sines,
+            batch.adapters,
             result,
         )
         return result

@@ -115,9 +115,10 @@ class Tracer:
     ) -> list[Value]:
         outs = [self._new(w.shape[0], x.of_logit_rows) for w in weights]
         panels = [self._panels(w) for w in weights]
+        changes = [w.changes for w in weights]
 
         def emit(program: Any, at: Callable[[Value], int]) -> None:
-            program.linears(at(x), panels, biases, at(residual) if residual else -1, [at(out) for out in outs])
+            program.linears(at(x), panels, biases, at(residual) if residual else -1, [at(out) for out in outs], changes)
 
         self._call("linears", [x, residual] if residual else [x], outs, emit)
         return outs

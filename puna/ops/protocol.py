@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puna.config import ModelConfig
-from puna.tensor import Weight
+from puna.tensor import LowRank, Weight
 
 Array = Any
 UploadedWeight = Any
+UploadedChange = Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Batch:
     (``block * block_size + offset``). Sequence s owns tokens ``seq_starts[s]:seq_starts[s + 1]`` (int32[S + 1]),
     reads its context through ``block_tables[s]`` (int32[S, max_blocks]), and spans ``context_lens[s]`` positions once
     this step's tokens are written. ``logit_rows`` (int32[R]) are the token indices whose logits are wanted.
+    ``adapters`` (int32[S]) is the number of the adapter (``Ops.adapted``) that each sequence uses, -1 for none; None
+    when no sequence uses one.
     """
 
     tokens: NDArray[np.int32]
@@ -38,6 +41,7 @@ class Batch:
     block_tables: NDArray[np.int32]
     context_lens: NDArray[np.int32]
     logit_rows: NDArray[np.int32]
+    adapters: NDArray[np.int32] | None = None
 
 
 class KVCache(Protocol):
@@ -91,6 +95,16 @@ class Ops(Protocol):
 
     def weight(self, weight: Weight) -> UploadedWeight:
         """Make a matrix or vector ready for use here: convert, repack or move it."""
+
+    def low_rank(self, change: LowRank) -> UploadedChange:
+        """Make the change of a matrix ready for use here."""
+
+    def adapted(self, weight: UploadedWeight, changes: Sequence[UploadedChange | None]) -> UploadedWeight:
+        """The matrix as several adapters change it: ``changes[i]`` is that of adapter i, None when it makes none.
+
+        In ``linear`` and ``linears`` of a ``compiled`` forward, a token whose sequence has adapter i (Batch.adapters)
+        gets x · Wᵀ + bias + residual + scale · (x · Aᵀ) · Bᵀ, every other token what the bare matrix gives.
+        """
 
     def new_kv(self, config: ModelConfig, num_blocks: int, block_size: int, kv_type: str | None = None) -> KVCache:
         """A zeroed cache of ``num_blocks`` blocks of ``block_size`` positions.

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puna.config import ModelConfig
-from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow, UploadedWeight
-from puna.tensor import Weight
+from puna.errors import RequestError
+from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow, UploadedChange, UploadedWeight
+from puna.tensor import LowRank, Weight
 
 Observe = Callable[[Sequence[str], NDArray[np.float32]], None]
 
@@ -35,8 +36,23 @@ class RecordingOps:
         return uploaded
 
     def compiled(self, forward: Callable[[Ops, Batch, KVCache], Array]) -> Callable[[Batch, KVCache], Array]:
-        """The plain Python forward: what is compiled shows nothing."""
-        return lambda batch, kv: forward(self, batch, kv)
+        """The plain Python forward: what is compiled shows nothing. Raises RequestError for a batch with adapters."""
+
+        def run(batch: Batch, kv: KVCache) -> Array:
+            if batch.adapters is not None:
+                raise RequestError("what a model with an adapter reads cannot be recorded; leave the adapter out")
+            return forward(self, batch, kv)
+
+        return run
+
+    def low_rank(self, change: LowRank) -> UploadedChange:
+        return self._ops.low_rank(change)
+
+    def adapted(self, weight: UploadedWeight, changes: Sequence[UploadedChange | None]) -> UploadedWeight:
+        adapted = self._ops.adapted(weight, changes)
+        if id(weight) in self._names:
+            self._names[id(adapted)] = (self._names[id(weight)][0], adapted)
+        return adapted
 
     def linear(
         self, x: Array, w: UploadedWeight, bias: UploadedWeight | None = None, residual: Array | None = None

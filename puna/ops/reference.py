@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from puna.config import ModelConfig
 from puna.ops.kv_types import kv_quant_type, round_as
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
 from puna.ops.reference_sampling import sample_rows
-from puna.tensor import Weight
+from puna.tensor import LowRank, Weight
 from puna.tensor.types import QuantType
 
 Floats = NDArray[np.float32]
@@ -32,13 +31,31 @@ class ReferenceKVCache:
     values: Floats
 
 
+@dataclass(frozen=True)
+class AdaptedMatrix:
+    """A matrix and the changes that adapters make to it, by their numbers."""
+
+    matrix: Floats
+    changes: Sequence[LowRank | None]
+
+
 class ReferenceOps:
     """Clear rather than fast; every weight is expanded to float32 when it is uploaded."""
 
     name = "reference"
 
+    def __init__(self, token_adapters: NDArray[np.int32] | None = None) -> None:
+        """``token_adapters``, int32[T]: the adapter of each token of the one batch that these ops are for."""
+        self._token_adapters = token_adapters
+
     def weight(self, weight: Weight) -> Floats:
         return weight.dequantize()
+
+    def low_rank(self, change: LowRank) -> LowRank:
+        return change
+
+    def adapted(self, weight: Floats, changes: Sequence[LowRank | None]) -> AdaptedMatrix:
+        return AdaptedMatrix(weight, tuple(changes))
 
     def new_kv(
         self, config: ModelConfig, num_blocks: int, block_size: int, kv_type: str | None = None
@@ -73,7 +90,12 @@ class ReferenceOps:
         return f"reference {__version__}, numpy {np.__version__}, {kv.encoding.name}, blocks of {kv.block_size}"
 
     def compiled(self, forward: Callable[[Ops, Batch, KVCache], Array]) -> Callable[[Batch, KVCache], Array]:
-        return partial(forward, self)
+        def run(batch: Batch, kv: KVCache) -> Array:
+            if batch.adapters is None:
+                return forward(self, batch, kv)
+            return forward(ReferenceOps(np.repeat(batch.adapters, np.diff(batch.seq_starts))), batch, kv)
+
+        return run
 
     def embed(self, table: Floats, tokens: NDArray[np.int32]) -> Floats:
         return table[tokens]
@@ -83,16 +105,27 @@ class ReferenceOps:
         normalised: Floats = x / np.sqrt(variance + np.float32(eps)) * weight
         return normalised
 
-    def linear(self, x: Floats, w: Floats, bias: Floats | None = None, residual: Floats | None = None) -> Floats:
-        y: Floats = x @ w.T
+    def linear(
+        self, x: Floats, w: Floats | AdaptedMatrix, bias: Floats | None = None, residual: Floats | None = None
+    ) -> Floats:
+        matrix, changes = (w.matrix, w.changes) if isinstance(w, AdaptedMatrix) else (w, ())
+        y: Floats = x @ matrix.T
         if bias is not None:
             y += bias
         if residual is not None:
             y += residual
+        if self._token_adapters is not None:
+            for adapter, change in enumerate(changes):
+                if change is not None:
+                    tokens = np.flatnonzero(self._token_adapters == adapter)
+                    y[tokens] += np.float32(change.scale) * (x[tokens] @ change.a.T) @ change.b.T
         return y
 
     def linears(
-        self, x: Floats, weights: Sequence[Floats], biases: Sequence[Floats | None] | None = None
+        self,
+        x: Floats,
+        weights: Sequence[Floats | AdaptedMatrix],
+        biases: Sequence[Floats | None] | None = None,
     ) -> list[Floats]:
         return [self.linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
 

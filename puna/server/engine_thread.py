@@ -139,6 +139,15 @@ class EngineThread:
 
         await self.call(forget)
 
+    def cancel_all(self) -> None:
+        """End what runs in any engine, between two steps."""
+
+        def cancel() -> None:
+            for engine in self._engines:
+                self.deliver(engine, self._cancel_all(engine))
+
+        self.post(cancel)
+
     async def close(self) -> None:
         """Cancel all that runs and end the thread."""
         for engine in list(self._engines):

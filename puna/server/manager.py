@@ -7,17 +7,22 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 
 import psutil
 
+from puna.checkpoint import open_checkpoint
+from puna.checkpoint.lora import read_adapter
 from puna.errors import CapacityError
 from puna.llm import LLM
 from puna.llm.llm import CACHED_CONTEXTS, DEFAULT_CONTEXT
 from puna.llm.memory import MemoryEstimate, estimate_memory
+from puna.llm.ollama_options import parse_options
 from puna.ops.protocol import Ops
 from puna.ops.registry import make_ops
+from puna.server.accounting import Accounting
+from puna.server.adapters import Adapters, ServedAdapter
 from puna.server.engine_thread import EngineThread
 from puna.server.settings import ServerSettings
 from puna.store import Manifest, ResolvedModel, Store, resolve_stored
@@ -27,18 +32,23 @@ FREE_SHARE = 0.9  # of the memory that is free at the start; the rest is the sys
 
 @dataclass(eq=False)
 class ServedModel:
-    """A loaded model. ``leases`` counts the requests that use it; ``expires`` is on the clock of ``time.monotonic``."""
+    """A loaded model. ``leases`` counts the requests that use it; ``expires`` is on the clock of ``time.monotonic``.
+
+    Who asked for an ``adapter`` has a copy of its own, with the adapter's name in the engine.
+    """
 
     name: str
     manifest: Manifest
     llm: LLM
     engine_thread: EngineThread
+    accounting: Accounting
     memory: MemoryEstimate
     load_seconds: float
     leases: int = 0
     last_used: float = field(default_factory=time.monotonic)
     expires: float = math.inf
     stopping: bool = False
+    adapter: str | None = None
 
     @property
     def expires_at(self) -> datetime:
@@ -50,15 +60,28 @@ class ServedModel:
 class Manager:
     """Owns the loaded models. All of it runs in the event loop; loading itself in a worker thread."""
 
-    def __init__(self, store: Store, settings: ServerSettings, engine_thread: EngineThread, ops: Ops | None = None):
+    def __init__(
+        self,
+        store: Store,
+        settings: ServerSettings,
+        engine_thread: EngineThread,
+        ops: Ops | None = None,
+        accounting: Accounting | None = None,
+    ) -> None:
         self.store = store
         self.settings = settings
         self.ops = make_ops(None, settings.threads) if ops is None else ops
         self.budget = settings.memory_budget or int(psutil.virtual_memory().available * FREE_SHARE)
         self._engine_thread = engine_thread
+        self._accounting = accounting or Accounting()
         self._models: dict[str, ServedModel] = {}
+        self.adapters = Adapters(store, settings.adapter_dir)
         self._loading = asyncio.Lock()
+        self._adapting = asyncio.Lock()
         self._released = asyncio.Event()
+        self._blocked: set[object] = set()
+        self._unblocked = asyncio.Event()
+        self._unblocked.set()
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[bool]] = set()
         self._unloading: set[asyncio.Task[None]] = set()
@@ -73,14 +96,19 @@ class Manager:
     ) -> AsyncIterator[ServedModel]:
         """A model for as long as the block lasts, loaded if need be, and for ``keep_alive`` seconds after it.
 
-        ``context_length`` is what it must hold at least. Raises StoreError for an unknown name, CapacityError when it
-        cannot be in memory, and what loading raises.
+        ``name`` is a stored model's, or ``base:adapter``. ``context_length`` is what it must hold at least. Raises
+        StoreError for an unknown name, CapacityError when it cannot be in memory, and what loading raises.
         """
-        model = await self._acquire(name, context_length)
+        manifest, adapter = await asyncio.to_thread(self.adapters.resolve, name)
+        model = await self._acquire(manifest, context_length)
         try:
-            yield model
+            yield model if adapter is None else await self._with_adapter(model, adapter)
         finally:
             self._release(model, self.settings.keep_alive if keep_alive is None else keep_alive)
+
+    async def make_way(self) -> None:
+        """Return when no load waits for models in use: for work that can wait and would otherwise never let go."""
+        await self._unblocked.wait()
 
     async def stop(self, name: str) -> bool:
         """Unload a model now, or as soon as nobody uses it; whether it was loaded. Raises StoreError."""
@@ -92,6 +120,25 @@ class Manager:
         await asyncio.gather(*self._unloading)
         return True
 
+    async def add_adapter(self, adapter: ServedAdapter) -> None:
+        """Load an adapter, and its model if need be. Raises CheckpointError when it is none of this model, and what
+        ``use`` raises."""
+        self.adapters.add(adapter)
+        try:
+            async with self.use(adapter.model):
+                pass
+        except BaseException:
+            self.adapters.remove(adapter)
+            raise
+
+    async def remove_adapter(self, adapter: ServedAdapter) -> None:
+        """Forget an adapter. Raises RequestError while an answer uses it."""
+        model = self._models.get(adapter.base)
+        if model is not None and adapter.name in model.llm.adapters:
+            engine = model.llm.engine
+            await self._engine_thread.call(lambda: engine.unload_adapter(adapter.name))
+        self.adapters.remove(adapter)
+
     async def close(self) -> None:
         """Unload everything, in use or not."""
         if self._alarm is not None:
@@ -100,21 +147,38 @@ class Manager:
         for model in list(self._models.values()):
             await self._unload(model)
 
-    async def _acquire(self, name: str, context_length: int | None) -> ServedModel:
-        manifest = await asyncio.to_thread(self.store.find, name)
-        while True:
-            model = self._models.get(_key(manifest))
-            if model is not None and _serves(model, manifest, context_length):
-                model.leases += 1
-                model.last_used = time.monotonic()
-                return model
-            # A client that goes away must not leave a load behind that nobody owns.
-            released = self._released
-            task = asyncio.create_task(self._load(manifest, context_length))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            if not await asyncio.shield(task):
-                await released.wait()
+    async def _acquire(self, manifest: Manifest, context_length: int | None) -> ServedModel:
+        context_length = context_length or parse_options(manifest.parameters).num_ctx
+        token = object()
+        try:
+            while True:
+                model = self._models.get(_key(manifest))
+                if model is not None and _serves(model, manifest, context_length):
+                    model.leases += 1
+                    model.last_used = time.monotonic()
+                    return model
+                # A client that goes away must not leave a load behind that nobody owns.
+                released = self._released
+                task = asyncio.create_task(self._load(manifest, context_length))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                if not await asyncio.shield(task):
+                    self._blocked.add(token)
+                    self._unblocked.clear()
+                    await released.wait()
+        finally:
+            self._blocked.discard(token)
+            if not self._blocked:
+                self._unblocked.set()
+
+    async def _with_adapter(self, model: ServedModel, adapter: ServedAdapter) -> ServedModel:
+        """The model as it is asked for with an adapter, which is loaded if need be."""
+        llm = model.llm
+        async with self._adapting:
+            if adapter.name not in llm.adapters:
+                found = await asyncio.to_thread(read_adapter, adapter.path, llm.config)
+                await self._engine_thread.call(lambda: llm.engine.load_adapter(adapter.name, found))
+        return replace(model, adapter=adapter.name)
 
     async def _load(self, manifest: Manifest, context_length: int | None) -> bool:
         """Load in place of idle models; False when those in use must end first."""
@@ -126,15 +190,15 @@ class Manager:
                 if loaded.leases:
                     return False
                 await self._unload(loaded)
-            context = context_length or self.settings.context_length
             found = await asyncio.to_thread(resolve_stored, manifest, self.store)
+            context = await asyncio.to_thread(self._context, found, manifest, context_length)
             memory = await asyncio.to_thread(self._estimate, found, context)
             if not await self._make_room(_key(manifest), memory):
                 return False
             started = time.perf_counter()
             llm = await asyncio.to_thread(self._load_llm, found, context)
             seconds = time.perf_counter() - started
-            model = ServedModel(_key(manifest), manifest, llm, self._engine_thread, memory, seconds)
+            model = ServedModel(_key(manifest), manifest, llm, self._engine_thread, self._accounting, memory, seconds)
             model.expires = time.monotonic() + self.settings.keep_alive
             self._models[model.name] = model
             self._engine_thread.add(llm.engine)
@@ -149,6 +213,17 @@ class Manager:
             kv_type=settings.kv_type,
             max_sequences=settings.parallel,
         )
+
+    def _context(self, found: ResolvedModel, manifest: Manifest, wanted: int | None) -> int | None:
+        """What to load with: at most what the model was made for, at least what who asks for nothing gets.
+
+        Otherwise the small wish of one client would be the limit of all others.
+        """
+        if wanted is None and self.settings.context_length is None:
+            return None
+        usual = parse_options(manifest.parameters).num_ctx or self.settings.context_length or DEFAULT_CONTEXT
+        longest = open_checkpoint(found.path).config.max_position_embeddings
+        return min(max(wanted or 0, usual), longest)
 
     def _estimate(self, found: ResolvedModel, context: int | None) -> MemoryEstimate:
         return estimate_memory(self.ops, found, context or DEFAULT_CONTEXT, self.settings.kv_type, CACHED_CONTEXTS)

@@ -8,44 +8,15 @@ from types import TracebackType
 from typing import Literal, Protocol
 
 from puna.chat.text_stream import TextStream
-from puna.engine import Event, Request, Timings
-from puna.errors import RequestError
+from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
+from puna.engine import Event, PromptLogprob, Request, Timings
+from puna.errors import CapacityError, RequestError
 from puna.llm import TokenLogprob
+from puna.server.accounting import AnswerAccount
 from puna.server.engine_thread import Answers
 from puna.server.manager import ServedModel
 
 EndReason = Literal["stop", "length", "tool_calls", "cancelled"]
-
-
-@dataclass(frozen=True)
-class ThinkingDelta:
-    """Text of the model's reasoning."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """Text of the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolCallStart:
-    """A tool call begins: ``index`` counts the calls of one answer from 0."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True)
-class ToolCallArguments:
-    """The next characters of the JSON object of a call's arguments."""
-
-    index: int
-    fragment: str
 
 
 Delta = TextDelta | ThinkingDelta | ToolCallStart | ToolCallArguments
@@ -85,12 +56,14 @@ class Usage:
 class Piece:
     """What has become known of the answer at place ``index``, since its last piece.
 
+    The first piece of each answer has the ``prompt_logprobs`` that were asked for.
     The last piece of each answer has ``finish_reason`` and ``usage``; ``stop`` is the stop string or id that ended it.
     """
 
     index: int
     deltas: list[Delta] = field(default_factory=list)
     tokens: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: Sequence[PromptLogprob] | None = None
     finish_reason: EndReason | None = None
     stop: str | int | None = None
     usage: Usage | None = None
@@ -102,6 +75,12 @@ class Piece:
     @property
     def thinking(self) -> str:
         return "".join(delta.text for delta in self.deltas if isinstance(delta, ThinkingDelta))
+
+
+def check_finished(piece: Piece) -> None:
+    """Raises CapacityError when the answer was cut off by the server itself."""
+    if piece.finish_reason == "cancelled":
+        raise CapacityError("the model was unloaded before the answer was complete; send the request again", 1.0)
 
 
 class Pieces:
@@ -120,6 +99,7 @@ class Pieces:
         """``reader`` makes one for each answer; ``visible_ids`` are control tokens whose spelling it wants to see."""
         self.requests = requests
         self._model = model
+        self._accounts: list[AnswerAccount] = []
         tokenizer = model.llm.tokenizer
         skip = tokenizer.special_ids - visible_ids
         self._answers: Answers | None = None
@@ -130,6 +110,8 @@ class Pieces:
 
     async def __aenter__(self) -> Pieces:
         """Submit the requests. Raises RequestError."""
+        begin, name = self._model.accounting.begin, self._model.name
+        self._accounts = [begin(name, request.tenant, len(request.prompt_ids)) for request in self.requests]
         self._answers = await self._model.engine_thread.submit(self._model.llm.engine, self.requests)
         return self
 
@@ -138,6 +120,9 @@ class Pieces:
     ) -> None:
         assert self._answers is not None
         self._answers.cancel()
+        reason = "error" if isinstance(error, RequestError) else "cancelled"
+        for index, account in enumerate(self._accounts):
+            account.end(reason, self._answers.timings(index))
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         answers = self._answers
@@ -153,27 +138,31 @@ class Pieces:
                 if piece.finish_reason is not None:
                     left.discard(index)
                     answers.cancel(index)
-            for piece in changed.values():
+            for index, piece in changed.items():
+                self._accounts[index].generated(self._texts[index].count)
+                if piece.finish_reason is not None:
+                    self._accounts[index].end(piece.finish_reason, answers.timings(index))
                 yield piece
 
 
 class _AnswerText:
-    """One answer on its way to text."""
+    """One answer on its way to text. ``count`` is its tokens, the one that ended it too."""
 
     def __init__(self, index: int, request: Request, reader: AnswerReader, text: TextStream) -> None:
         self._index = index
         self._request = request
         self._reader = reader
         self._text = text
-        self._count = 0
+        self.count = 0
         self._calls = False
 
     def take(self, event: Event, piece: Piece, timings: Timings) -> None:
         if event.finish_reason == "error":
             raise RequestError(event.error or "the request failed")
         deltas: list[Delta] = []
+        piece.prompt_logprobs = event.prompt_logprobs or piece.prompt_logprobs
         if event.token is not None or event.stop_id is not None:
-            self._count += 1
+            self.count += 1
         if event.token is not None:
             deltas += self._reader.push(self._text.push(event.token))
             if self._request.params.logprobs and event.logprob is not None:
@@ -191,7 +180,7 @@ class _AnswerText:
             piece.usage = Usage(
                 timings.prompt_tokens,
                 timings.cached_tokens,
-                self._count,
+                self.count,
                 timings.queue_seconds,
                 timings.prefill_seconds,
                 timings.decode_seconds,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from puna.server.accounting import Accounting
 from puna.server.engine_thread import EngineThread
 from puna.server.manager import Manager
 from puna.server.settings import ServerSettings
@@ -19,6 +20,7 @@ class Service:
     store: Store
     engine_thread: EngineThread
     manager: Manager
+    accounting: Accounting = field(default_factory=Accounting)
 
     async def close(self) -> None:
         """Unload everything and end the engine's thread."""

@@ -24,6 +24,7 @@ class ServerSettings:
 
     ``context_length`` of None is the model's, at most 8192. ``parallel`` requests of a model are computed together;
     ``max_queue`` more may wait. ``origins`` are what browsers may call from (``*``: any), beside this machine's own.
+    Adapters may be loaded from files in ``adapter_dir``.
     """
 
     host: str = DEFAULT_HOST
@@ -40,6 +41,7 @@ class ServerSettings:
     threads: int | None = None
     kv_type: str | None = None
     memory_budget: int | None = None
+    adapter_dir: Path | None = None
     log_requests: bool = False
     insecure: bool = False
 
@@ -124,7 +126,7 @@ def _parse(field: str, text: str, variable: str) -> Any:
         return parse_bytes(text, variable)
     if field in ("origins", "api_keys"):
         return tuple(part.strip() for part in text.split(",") if part.strip())
-    if field in ("tls_cert", "tls_key"):
+    if field in ("tls_cert", "tls_key", "adapter_dir"):
         return Path(text).expanduser()
     if field in ("log_requests", "insecure"):
         return text.strip().lower() in ("1", "true", "yes", "on")

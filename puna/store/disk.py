@@ -68,7 +68,7 @@ def check_space(folder: Path, wanted: int, what: str) -> None:
         raise StoreError(
             f"{what} needs {readable_size(wanted)} more, but the disk of {folder} has {readable_size(free)} free; "
             "free some space or set PUNA_HOME to a larger disk"
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def digest_file(path: Path, meter: Meter | None = None) -> str:

@@ -37,14 +37,14 @@ def import_file(
     path = Path(path).expanduser().absolute()
     model_name = ModelName.parse(name) if name else _name_of(path)
     with disk_errors(path):
-        folder, files = _files_of(path)
+        folder, files = files_of_model(path)
     existing = store.read(model_name)
     if existing is not None and not replace and {f.file for f in existing.files} != set(files):
         store.check_free(model_name)  # commit checks again, but only after the long work
 
     def make() -> Manifest:
         with disk_errors(path):
-            stored = tuple(_take(store, folder / file, progress, copy) for file in files)
+            stored = tuple(take_file(store, folder / file, progress, copy) for file in files)
         made = Manifest(model_name.name, model_name.tag, stored, licence=licence, source=str(path), lineage=lineage)
         if existing is None or existing.content_digest != made.content_digest:
             return made
@@ -63,7 +63,7 @@ def _name_of(path: Path) -> ModelName:
     return ModelName(name_part_from(Path(whole_name(path.name)).stem if path.is_file() else path.name))
 
 
-def _files_of(path: Path) -> tuple[Path, list[str]]:
+def files_of_model(path: Path) -> tuple[Path, list[str]]:
     """The folder, and the names in it that make up the model at ``path``."""
     if not path.exists():
         raise StoreError(f"{path} does not exist; give a .gguf file or a checkpoint folder")
@@ -94,7 +94,8 @@ def check_magic(path: Path, what: str) -> None:
         raise StoreError(f"{what} is not a GGUF file: it begins with {start!r} instead of b'GGUF'")
 
 
-def _take(store: Store, original: Path, progress: Progress, copy: bool) -> StoredFile:
+def take_file(store: Store, original: Path, progress: Progress, copy: bool = False) -> StoredFile:
+    """Stage one file, as a hard link where that can be. Raises StoreError when it changes meanwhile."""
     # The real file, not a link to it: Hugging Face's cache is a folder of links.
     source = original.resolve()
     before = source.stat()

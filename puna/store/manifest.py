@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -14,7 +14,9 @@ from typing import Any
 from puna.errors import StoreError
 from puna.store.names import ModelName
 
-SCHEMA = 1
+SCHEMA = 2
+_SINCE_2 = ("messages", "licence_texts", "adapters")
+MESSAGE_ROLES = ("system", "user", "assistant")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}")
 
@@ -26,6 +28,19 @@ class StoredFile:
     file: str
     sha256: str
     size: int
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A LoRA adapter of a model: one GGUF file, or the files of a folder that PEFT saved."""
+
+    name: str
+    files: tuple[StoredFile, ...]
+
+    @property
+    def content_digest(self) -> str:
+        """A digest of the files and their names."""
+        return _content_digest(self.files)
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,10 @@ class Manifest:
     """A stored model.
 
     ``files`` is one GGUF, the parts of a split one, or the files of a checkpoint folder. ``template`` and ``system``
-    override what the files say; ``parameters`` are defaults for generation (``temperature``, ``stop`` …). ``licence``
-    is an identifier. ``source`` says where the files came from; ``created`` is UTC in ISO 8601.
+    override what the files say; ``parameters`` are defaults for generation by ollama's names (``num_ctx``, ``stop`` …).
+    ``licence`` is an identifier, ``licence_texts`` are whole licences. ``messages`` (role, text) begin every chat.
+    ``adapters`` lie beside the weights and are no part of them. ``source`` says where the files came from; ``created``
+    is UTC in ISO 8601.
     """
 
     name: str
@@ -59,6 +76,9 @@ class Manifest:
     source: str | None = None
     lineage: Lineage | None = None
     created: str = field(default_factory=_now)
+    messages: tuple[tuple[str, str], ...] = ()
+    licence_texts: tuple[str, ...] = ()
+    adapters: tuple[StoredAdapter, ...] = ()
 
     @property
     def model_name(self) -> ModelName:
@@ -66,8 +86,18 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files)
+        """Bytes of all files, adapters included."""
+        return sum(file.size for file in self.all_files)
+
+    @property
+    def all_files(self) -> tuple[StoredFile, ...]:
+        """The weights' files and the adapters'."""
+        return (*self.files, *(file for adapter in self.adapters for file in adapter.files))
+
+    @property
+    def parts(self) -> tuple[Manifest | StoredAdapter, ...]:
+        """What has a folder of its own: the weights, and each adapter."""
+        return (self, *self.adapters)
 
     @property
     def is_gguf(self) -> bool:
@@ -75,17 +105,21 @@ class Manifest:
 
     @property
     def content_digest(self) -> str:
-        """A digest of the files and their names: equal for two names of the same model."""
-        lines = sorted(f"{file.sha256} {file.file}" for file in self.files)
-        return sha256("\n".join(lines).encode()).hexdigest()
+        """A digest of the weights' files and their names: equal for two names of the same model."""
+        return _content_digest(self.files)
 
     def to_json(self) -> str:
-        """The manifest as it is stored."""
-        raw: dict[str, Any] = {"schema": SCHEMA}
+        """The manifest as it is stored; without what schema 2 brought, also an earlier version can read it."""
+        newer = any(getattr(self, name) for name in _SINCE_2)
+        raw: dict[str, Any] = {"schema": SCHEMA if newer else 1}
         raw |= {f.name: getattr(self, f.name) for f in fields(self)}
         raw["files"] = [vars(file) for file in self.files]
         raw["parameters"] = dict(self.parameters)
         raw["lineage"] = None if self.lineage is None else vars(self.lineage)
+        raw["adapters"] = [{"name": a.name, "files": [vars(file) for file in a.files]} for a in self.adapters]
+        for name in _SINCE_2:
+            if not raw[name]:
+                del raw[name]
         return json.dumps(raw, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -101,7 +135,7 @@ class Manifest:
         schema = raw.pop("schema", None)
         if isinstance(schema, int) and schema > SCHEMA:
             raise StoreError(f"{where} was written by a newer version of Puna (schema {schema}); update this one")
-        reader.check("schema", schema == SCHEMA)
+        reader.check("schema", schema in (1, SCHEMA) and not isinstance(schema, bool))
         unknown = raw.keys() - {f.name for f in fields(cls)}
         reader.check(", ".join(sorted(map(repr, unknown))), not unknown)
         return cls(
@@ -115,6 +149,9 @@ class Manifest:
             source=reader.optional_text(raw, "source"),
             lineage=reader.lineage(raw.get("lineage")),
             created=reader.text(raw, "created"),
+            messages=reader.messages(raw.get("messages", [])),
+            licence_texts=reader.texts(raw.get("licence_texts", []), "licence_texts"),
+            adapters=reader.adapters(raw.get("adapters", [])),
         )
 
 
@@ -165,11 +202,32 @@ class _Reader:
             self.check(f"parameters.{key}", good)
         return raw
 
+    def texts(self, raw: Any, key: str) -> tuple[str, ...]:
+        self.check(key, isinstance(raw, list) and all(isinstance(text, str) for text in raw))
+        return tuple(raw)
+
+    def messages(self, raw: Any) -> tuple[tuple[str, str], ...]:
+        self.check("messages", isinstance(raw, list))
+        pairs = [self.texts(pair, "messages") for pair in raw]
+        self.check("messages", all(len(pair) == 2 and pair[0] in MESSAGE_ROLES for pair in pairs))
+        return tuple((role, content) for role, content in pairs)
+
+    def adapters(self, raw: Any) -> tuple[StoredAdapter, ...]:
+        self.check("adapters", isinstance(raw, list))
+        for item in raw:
+            self.check("adapters", isinstance(item, dict) and item.keys() == {"name", "files"})
+        return tuple(StoredAdapter(self.text(item, "name"), self.files(item["files"])) for item in raw)
+
     def lineage(self, raw: Any) -> Lineage | None:
         if raw is None:
             return None
         self.check("lineage", isinstance(raw, dict) and raw.keys() == {"parent", "method"})
         return Lineage(self.text(raw, "parent"), self.text(raw, "method"))
+
+
+def _content_digest(files: Iterable[StoredFile]) -> str:
+    lines = sorted(f"{file.sha256} {file.file}" for file in files)
+    return sha256("\n".join(lines).encode()).hexdigest()
 
 
 def is_file_name(name: str) -> bool:

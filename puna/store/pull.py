@@ -45,16 +45,17 @@ def pull(
     progress: Progress | None = None,
     token: str | None = None,
     http: Http | None = None,
+    paths: bool = True,
 ) -> Manifest:
     """Fetch a model and store it; what is here already is not fetched again.
 
     ``what`` is a catalog name or entry, ``owner/name[:QUANT or FILE]`` on Hugging Face (also as its address), the
-    address of a .gguf file (``#sha256=…`` may pin it), or a path to import. ``name`` is what to call it. ``token`` is
-    Hugging Face's and defaults to the user's own. Raises SourceError when no source delivers, StoreError for an
-    unknown name or a full disk.
+    address of a .gguf file (``#sha256=…`` may pin it), or a path to import, unless ``paths`` forbids it. ``name`` is
+    what to call it. ``token`` is Hugging Face's and defaults to the user's own. Raises SourceError when no source
+    delivers, StoreError for an unknown name or a full disk.
     """
     store, progress = store or Store(), progress or Silent()
-    if isinstance(what, (str, os.PathLike)):
+    if paths and isinstance(what, (str, os.PathLike)):
         path = None if _is_address(what) else existing_path(what)
         if path is not None:
             return import_file(path, name, store=store, progress=progress)

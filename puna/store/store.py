@@ -18,7 +18,7 @@ from puna.errors import StoreError
 from puna.store.blobs import Blobs
 from puna.store.disk import digest_file, disk_errors, link_or_copy, sync_folder, write_text
 from puna.store.lock import file_lock
-from puna.store.manifest import Manifest, StoredFile
+from puna.store.manifest import Manifest, StoredAdapter, StoredFile
 from puna.store.names import ModelName, catalog_entry
 from puna.store.packs import Packs
 from puna.store.progress import Meter, Progress, Silent
@@ -120,13 +120,21 @@ class Store:
 
     def path_of(self, manifest: Manifest) -> Path:
         """The .gguf file (the first of a split one) or checkpoint folder to open. Raises StoreError for lost files."""
-        for file in manifest.files:
+        return self._path_of(manifest, manifest)
+
+    def adapter_paths(self, manifest: Manifest) -> dict[str, Path]:
+        """By name, the .gguf file or folder of each of a model's adapters. Raises StoreError for lost files."""
+        return {adapter.name: self._path_of(manifest, adapter) for adapter in manifest.adapters}
+
+    def _path_of(self, manifest: Manifest, part: Manifest | StoredAdapter) -> Path:
+        for file in part.files:
             self._check_blob(manifest, file)
-        view = self._views / manifest.content_digest
-        if not _view_is_whole(view, manifest):
+        view = self._views / part.content_digest
+        if not _view_is_whole(view, part):
             with self._locked(), disk_errors(view):
-                self._build_view(manifest)
-        return view / min(file.file for file in manifest.files) if manifest.is_gguf else view
+                self._build_view(part)
+        is_gguf = all(file.file.endswith(".gguf") for file in part.files)
+        return view / min(file.file for file in part.files) if is_gguf else view
 
     def add(self, make: Callable[[], Manifest], *, replace: bool = True) -> Manifest:
         """Commit what ``make`` stages and describes.
@@ -155,12 +163,13 @@ class Store:
             path = self._manifests / manifest.model_name.manifest
             if not replace:
                 self.check_free(manifest.model_name, manifest)
-            missing = [file.file for file in manifest.files if not self.blobs.publish(file)]
+            missing = [file.file for file in manifest.all_files if not self.blobs.publish(file)]
             if missing:
                 raise MissingBlobs(f"{', '.join(missing)} of {manifest.model_name} must be fetched again")
             replaces = path.exists()
-            if not _view_is_whole(self._views / manifest.content_digest, manifest):
-                self._build_view(manifest)
+            for part in manifest.parts:
+                if not _view_is_whole(self._views / part.content_digest, part):
+                    self._build_view(part)
             write_text(path, manifest.to_json())
             if replaces:
                 self._collect()
@@ -197,7 +206,7 @@ class Store:
         found = []
         problems: dict[StoredFile, str] = {}
         for manifest in self.models() if text is None else [self.find(text)]:
-            for file in manifest.files:
+            for file in manifest.all_files:
                 with disk_errors(self.home):
                     if file not in problems:
                         problems[file] = self._problem(file, progress or Silent())
@@ -236,12 +245,12 @@ class Store:
         with disk_errors(self.home), file_lock(self.home / "lock", on_wait):
             yield
 
-    def _build_view(self, manifest: Manifest) -> None:
-        view = self._views / manifest.content_digest
+    def _build_view(self, part: Manifest | StoredAdapter) -> None:
+        view = self._views / part.content_digest
         fresh = view.with_name(f".{view.name}.new")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        for file in manifest.files:
+        for file in part.files:
             link_or_copy(self.blobs.path(file.sha256), fresh / file.file)
         if view.exists():
             shutil.rmtree(view)
@@ -255,7 +264,8 @@ class Store:
             raw = (self._manifests / name.manifest).read_bytes()
             referenced |= {digest.decode() for digest in _DIGEST.findall(raw)}
             try:
-                views.add(Manifest.from_json(raw.decode("utf-8", "replace"), str(name)).content_digest)
+                manifest = Manifest.from_json(raw.decode("utf-8", "replace"), str(name))
+                views |= {part.content_digest for part in manifest.parts}
             except StoreError as error:
                 self.notify(str(error))
         for view in self._views.glob("*"):
@@ -276,8 +286,8 @@ def _renamed(manifest: Manifest, name: ModelName) -> Manifest:
     return replace(manifest, name=name.name, tag=name.tag)
 
 
-def _view_is_whole(view: Path, manifest: Manifest) -> bool:
+def _view_is_whole(view: Path, part: Manifest | StoredAdapter) -> bool:
     try:
-        return all((view / file.file).stat().st_size == file.size for file in manifest.files)
+        return all((view / file.file).stat().st_size == file.size for file in part.files)
     except OSError:
         return False

@@ -121,3 +121,21 @@ def test_misuse_exits_with_2(puna) -> None:
     assert "0.1.0" in puna("--version").out
     assert "convert" in puna("--help").out
     assert json.loads(puna("list", "--json").out) == []
+
+
+def test_create_from_a_modelfile(stored, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "Modelfile cannot be read" in stored("create", "mario").err
+    (tmp_path / "Modelfile").write_text("FROM smollm2\nSYSTEM You are Mario.\nPARAMETER stop a\n", encoding="utf-8")
+    result = stored("create", "mario")
+    assert (result.code, result.out) == (0, "")
+    assert "writing manifest\nmario:latest is ready" in result.err
+    shown = stored("show", "mario", "--modelfile").out
+    assert shown.startswith("FROM /")
+    assert "\nSYSTEM You are Mario.\nPARAMETER stop a\n" in shown
+    (tmp_path / "copy").write_text(shown, encoding="utf-8")
+    assert stored("create", "luigi", "--file", "copy").code == 0
+    assert stored("show", "luigi", "--system").out == "You are Mario.\n"
+    assert stored("create", "mario", "--quantize", "q4_0").code == 2
+    (tmp_path / "Modelfile").write_text("FROM smollm2\nSTSTEM x\n", encoding="utf-8")
+    assert "line 2: unknown instruction 'STSTEM'; did you mean SYSTEM?" in stored("create", "mario").err

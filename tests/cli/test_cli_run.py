@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from lora_files import write_peft
+from tiny_models import random_adapter
 
 from puna.cli.repl import Repl
 from puna.errors import RequestError
@@ -134,7 +136,9 @@ def converse(llm: LLM, lines: list[str], **options) -> Repl:
             raise KeyboardInterrupt
         return line
 
-    repl = Repl(llm, "smollm2", sampling={"temperature": 0, "max_tokens": 16}, read=read, **options)
+    repl = Repl(
+        llm, "smollm2", sampling={"temperature": 0, "max_tokens": 16}, read=read, open_model=LLM.load, **options
+    )
     repl.run()
     return repl
 
@@ -198,7 +202,7 @@ def test_mistakes_in_the_conversation_are_told_and_survived(llm: LLM, home: Path
 
 
 def test_ctrl_c_stops_the_answer_not_the_program(llm: LLM, home: Path, capsys, monkeypatch) -> None:
-    repl = Repl(llm, "smollm2", sampling={"temperature": 0}, read=lambda _: "")
+    repl = Repl(llm, "smollm2", sampling={"temperature": 0}, read=lambda _: "", open_model=LLM.load)
 
     def interrupted():
         chunks = llm.chat([{"role": "user", "content": "Count to a thousand."}], temperature=0, stream=True)
@@ -240,3 +244,29 @@ def test_the_real_terminal(smollm2_path: Path, home: Path) -> None:
         pass  # the other end is closed
     assert process.wait(timeout=60) == 0
     assert "What is 2+2?" in (home / "history").read_text()
+
+
+def test_an_adapter(puna, shared_data: Path, tmp_path: Path) -> None:
+    model = str(shared_data / "weights" / "stories260K" / "hf")
+    with LLM.load(model) as llm:
+        adapter = write_peft(tmp_path / "adapter", random_adapter(llm.config, 4, seed=1, size=0.02))
+        llm.load_adapter("mine", adapter)
+        expected = llm.generate("Once upon a time", temperature=0, max_tokens=20, adapter="mine").text
+    command = ["run", model, "Once upon a time", "--num-predict", "20", *GREEDY]
+    assert puna(*command, "--adapter", str(adapter)).out == f"{expected}\n"
+    assert puna(*command).out != f"{expected}\n"
+    result = puna(*command, "--adapter", str(tmp_path))
+    assert result.code == 1
+    assert "is not an adapter that Puna can read" in result.err
+
+
+def test_a_conversation_with_an_adapter(shared_data: Path, home: Path, tmp_path: Path, capsys) -> None:
+    model = str(shared_data / "weights" / "stories260K" / "hf")
+    with LLM.load(model) as stories:
+        path = write_peft(tmp_path / "adapter", random_adapter(stories.config, 4, seed=1, size=0.02))
+        stories.load_adapter("mine", path)
+        expected = [
+            stories.generate("Once", temperature=0, max_tokens=16, adapter=adapter).text for adapter in ("mine", None)
+        ]
+        repl = converse(stories, ["Once", f"/load {model}", "Once"], adapter="mine")
+    assert [message["content"] for message in repl.messages[1::2]] == expected  # another model has no such adapter

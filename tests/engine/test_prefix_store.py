@@ -326,7 +326,7 @@ def test_results_are_the_same_bits(tmp_path: Path, name: str, kv_type: str) -> N
         engine = Engine(model, num_blocks=6, block_size=16, kv_type=kind, prefix_cache=cache)
         stream = engine.submit(Request(prompt, params))
         events = list(stream)
-        blocks = engine.scheduler.pool.match(prompt)
+        blocks = engine.scheduler.pool.match(prompt, stream.sequence.cache_salt)
         kv = engine._runner._kv
         return events, stream.timings, [bytes(ops.export_block(kv, block)) for block in blocks]
 

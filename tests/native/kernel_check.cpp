@@ -75,6 +75,22 @@ Floats linear(const Kernels& kernels, ThreadPool& pool, Cases& cases) {
   return out;
 }
 
+// One adapter, used by every second token.
+Floats low_rank(const Kernels& kernels, ThreadPool& pool, Cases& cases) {
+  const int rows = cases.number(), columns = cases.number(), tokens = cases.number(), rank = cases.number();
+  const float scale = cases.real();
+  const Floats down = cases.array<float>(int64_t(rank) * columns), up = cases.array<float>(int64_t(rank) * rows);
+  const Floats x = cases.array<float>(int64_t(tokens) * columns);
+  Floats out = cases.array<float>(int64_t(tokens) * rows);
+  Ints changed;
+  for (int t = 0; t < tokens; t += 2) changed.push_back(t);
+  const LowRank change{down.data(), up.data(), rank, scale};
+  const AdapterTokens group{0, changed.data(), int64_t(changed.size())};
+  const LowRankTarget target{rows, &change, out.data()};
+  kernels.add_low_rank(pool, x.data(), columns, &group, 1, &target, 1);
+  return out;
+}
+
 Floats decode_rows(const Kernels& kernels, ThreadPool& pool, Cases& cases) {
   const int type = cases.number(), rows = cases.number(), columns = cases.number();
   const Bytes source = encoded(cases, type, rows, columns);
@@ -166,7 +182,7 @@ Floats sample(const Kernels& kernels, ThreadPool& pool, Cases& cases) {
 }
 
 using Operation = Floats (*)(const Kernels&, ThreadPool&, Cases&);
-constexpr Operation kOperations[] = {linear, decode_rows, rms_norm, rope, swiglu, attend, sample};
+constexpr Operation kOperations[] = {linear, decode_rows, rms_norm, rope, swiglu, attend, sample, low_rank};
 
 void run(const Kernels& kernels, const char* cases_path, const char* results_path) {
   Cases cases(cases_path);

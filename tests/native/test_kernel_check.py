@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARM_ISAS = ("neon", "portable")
 HOST_ISAS = ARM_ISAS if platform.machine() == "aarch64" else ("avx512", "avx2", "portable")
 TARGETS = [("host", isa) for isa in HOST_ISAS] + [("aarch64", isa) for isa in ARM_ISAS]
-LINEAR, DECODE_ROWS, RMS_NORM, ROPE, SWIGLU, ATTEND, SAMPLE = range(7)  # kOperations of kernel_check.cpp
+LINEAR, DECODE_ROWS, RMS_NORM, ROPE, SWIGLU, ATTEND, SAMPLE, LOW_RANK = range(8)  # kOperations of kernel_check.cpp
 ARM = [
     "-DCMAKE_SYSTEM_NAME=Linux",
     "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
@@ -145,6 +145,20 @@ def sample_cases() -> list[Case]:
     return cases
 
 
+@cache
+def low_rank_cases() -> list[Case]:
+    cases = []
+    for rows, columns, tokens, rank in ((5, 7, 1, 1), (48, 576, 9, 16), (300, 33, 70, 6)):
+        down, up = normal(1, rank, columns), normal(2, rank, rows)
+        x, out, scale = normal(3, tokens, columns), normal(4, tokens, rows), np.float32(0.5)
+        expected, size = out.astype(np.float64), np.abs(out)
+        expected[::2] += scale * (x[::2].astype(np.float64) @ down.T) @ up
+        size[::2] += scale * (np.abs(x[::2]) @ np.abs(down.T)) @ np.abs(up)
+        arrays = b"".join(array.tobytes() for array in (scale, down, up, x, out))
+        cases.append(Case(ints(LOW_RANK, rows, columns, tokens, rank) + arrays, expected, 1e-6 * size))
+    return cases
+
+
 SUITES = {
     **{f"linear-{name}": partial(linear_cases, name) for name in TYPES},
     "linear-bad-activations": bad_activations,
@@ -152,6 +166,7 @@ SUITES = {
     "elementwise": elementwise_cases,
     **{f"attention-{kv_type}": partial(attention_cases, kv_type) for kv_type in ("F32", "F16", "BF16", "Q8_0")},
     "sample": sample_cases,
+    "low-rank": low_rank_cases,
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from ollama_schema import OllamaSchema
 from running_server import RunningServer
 
 from puna.store import Store, import_file
@@ -31,3 +32,8 @@ def server(model_store: Store) -> Iterator[RunningServer]:
 def http(server: RunningServer) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def ollama_schema(shared_data: Path) -> OllamaSchema:
+    return OllamaSchema(shared_data)

@@ -13,6 +13,7 @@ import pytest
 from puna.engine import SamplingParams
 from puna.errors import CapacityError, RequestError, StoreError
 from puna.llm import LLM
+from puna.llm.create import create
 from puna.server.asking import Ask, ChatAsk, chat_pieces, text_pieces
 from puna.server.engine_thread import EngineThread
 from puna.server.manager import Manager, ServedModel
@@ -168,7 +169,11 @@ def test_models_are_loaded_once_and_evicted_least_recently_used(model_store: Sto
             for _ in range(20):
                 await service.engine_thread.call(lambda: None)
             assert not waiting.done()
+            way = asyncio.create_task(manager.make_way())
+            await asyncio.sleep(0)
+            assert not way.done()
         await waiting
+        await way
         assert "two:latest" in [model.name for model in manager.loaded()]
 
     with_service(model_store, use, max_loaded=2)
@@ -209,3 +214,18 @@ def test_a_path_is_not_a_model_of_the_server(model_store: Store, smollm2_path: P
                 pass
 
     with_service(model_store, use)
+
+
+def test_a_model_has_the_context_it_was_made_with(model_store: Store) -> None:
+    create(model_store, "short", from_="stories", parameters={"num_ctx": 64})
+
+    async def use(service: Service) -> tuple[int, int]:
+        async with service.manager.use("short") as model:
+            own = model.llm.context_length
+        async with service.manager.use("short", context_length=96) as model:
+            return own, model.llm.context_length
+
+    try:
+        assert with_service(model_store, use, context_length=128) == (64, 96)
+    finally:
+        model_store.remove("short")

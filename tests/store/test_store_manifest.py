@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from puna.errors import StoreError
 from puna.store import Lineage, Manifest, StoredFile
+from puna.store.manifest import StoredAdapter
 
 DIGEST = "ab" * 32
 FULL = Manifest(
@@ -40,7 +41,7 @@ def test_content_digest_depends_on_files_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "newer version of Puna"),
+        ({"schema": 3}, "newer version of Puna"),
         ({"schema": None}, "schema"),
         ({"files": []}, "files"),
         ({"files": [{"file": "../x", "sha256": DIGEST, "size": 1}]}, "file name '../x'"),
@@ -82,3 +83,15 @@ def test_any_cut_or_splice_gives_a_manifest_or_a_store_error(start: int, end: in
 def test_infinite_parameters_are_not_written() -> None:
     with pytest.raises(ValueError, match="JSON"):
         replace(FULL, parameters={"temperature": float("inf")}).to_json()
+
+
+def test_what_schema_2_brought() -> None:
+    adapter = StoredAdapter("mine", (StoredFile("lora.gguf", DIGEST, 3),))
+    newer = replace(FULL, messages=(("user", "hi"),), licence_texts=("whole text",), adapters=(adapter,))
+    assert Manifest.from_json(newer.to_json(), "here") == newer
+    assert (json.loads(newer.to_json())["schema"], json.loads(FULL.to_json())["schema"]) == (2, 1)
+    assert "adapters" not in FULL.to_json()
+    assert (newer.size, newer.content_digest) == (FULL.size + 3, FULL.content_digest)
+    for change in ({"messages": [["robot", "x"]]}, {"adapters": [{"name": "x"}]}, {"licence_texts": "x"}):
+        with pytest.raises(StoreError, match=next(iter(change))):
+            Manifest.from_json(json.dumps({**json.loads(newer.to_json()), **change}), "here")

@@ -1,0 +1,86 @@
+"""Thousands of requests of every kind to one server, to see that its memory stays what it was.
+
+    python -m bench.soak MODEL.gguf --requests 10000
+
+Streams, whole answers, refused requests, and clients that leave in the middle; prompts and lengths are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+
+from puna.store import Store, import_file
+
+
+def soak(url: str, model: str, requests: int, seed: int, clients: int = 4) -> None:
+    """Send that many requests, ``clients`` at once. Raises AssertionError for an answer that is not what it must be."""
+
+    def client(number: int) -> None:
+        chance = random.Random(f"{seed} {number}")
+        with httpx.Client(base_url=url, timeout=120) as http:
+            for _ in range(requests // clients):
+                _request(http, model, chance)
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
+
+
+def _request(http: httpx.Client, model: str, chance: random.Random) -> None:
+    prompt = " ".join(str(chance.randrange(1000)) for _ in range(chance.randrange(1, 40)))
+    body = {"model": model, "prompt": prompt, "raw": True, "options": {"num_predict": chance.randrange(1, 16)}}
+    kind = chance.choice(["stream", "whole", "leave", "refused", "listing"])
+    if kind == "stream":
+        with http.stream("POST", "/api/generate", json=body) as response:
+            assert response.status_code == 200
+            assert '"done":true' in list(response.iter_lines())[-1].replace(" ", "")
+    elif kind == "whole":
+        assert http.post("/api/generate", json={**body, "stream": False}).status_code == 200
+    elif kind == "leave":
+        with http.stream("POST", "/api/generate", json=body) as response:
+            next(response.iter_lines())
+    elif kind == "refused":
+        assert http.post("/api/generate", json={**body, "options": {"top_p": 7}}).status_code == 400
+        assert http.get(f"/nothing/{chance.random()}").status_code == 404
+    else:
+        assert http.get("/api/tags").status_code == http.get("/metrics").status_code == 200
+
+
+def resident_bytes(process_id: int) -> int:
+    """What a process holds in memory now."""
+    return int(psutil.Process(process_id).memory_info().rss)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a GGUF file")
+    parser.add_argument("--requests", type=int, default=10_000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        import_file(options.model, "soak", store=Store(Path(home)))
+        command = [sys.executable, "-m", "puna", "serve", "--port", "0"]
+        environment = {**os.environ, "PUNA_HOME": home}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as server:
+            assert server.stdout is not None
+            url = server.stdout.readline().split()[-1]
+            for part in range(11):
+                soak(url, "soak", options.requests // 10 if part else 200, seed=part)
+                print(
+                    f"{part * options.requests // 10:6} requests: {resident_bytes(server.pid) / 1e6:.1f} MB", flush=True
+                )
+            server.terminate()
+
+
+if __name__ == "__main__":
+    main()
