@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from puna.errors import CheckpointError
 
+Scaled = tuple[NDArray[np.float32], NDArray[np.int8]]  # scales [blocks, groups], codes [blocks, numbers]
+
 _BEYOND = np.float32(1e8)  # 65504 times the largest scale and code of any type
 
 
@@ -28,6 +30,12 @@ def pack(fields: NDArray[np.integer], width: int, run: int) -> NDArray[np.uint8]
     split = fields.reshape(len(fields), -1, len(shifts), run) << shifts
     packed: NDArray[np.uint8] = np.bitwise_or.reduce(split, axis=2)
     return packed.reshape(len(fields), -1)
+
+
+def multiply(scales: NDArray[np.float32], codes: NDArray[np.int8]) -> NDArray[np.float32]:
+    """Each code times its group's scale: float32[blocks, numbers]."""
+    grouped = codes.reshape(*scales.shape, -1)
+    return (scales[..., None] * grouped).reshape(codes.shape)
 
 
 def halves(blocks: NDArray[np.uint8], at: int) -> NDArray[np.float32]:
