@@ -38,6 +38,19 @@ def multiply(scales: NDArray[np.float32], codes: NDArray[np.int8]) -> NDArray[np
     return (scales[..., None] * grouped).reshape(codes.shape)
 
 
+def fields(packed: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Fields of ``width`` bits, those of one byte side by side, the lowest first: uint8[..., bytes * 8 / width]."""
+    split: NDArray[np.uint8] = packed[..., None] >> np.arange(0, 8, width, dtype=np.uint8) & np.uint8((1 << width) - 1)
+    return split.reshape(*packed.shape[:-1], -1)
+
+
+def join(split: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """The inverse of fields: uint8[..., bytes]."""
+    grouped = split.reshape(*split.shape[:-1], -1, 8 // width) << np.arange(0, 8, width, dtype=np.uint8)
+    joined: NDArray[np.uint8] = np.bitwise_or.reduce(grouped, axis=-1)
+    return joined
+
+
 def halves(blocks: NDArray[np.uint8], at: int) -> NDArray[np.float32]:
     """The float16 at byte ``at`` of every block: float32[blocks, 1]."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)

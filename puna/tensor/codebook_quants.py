@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from puna.tensor.bits import Scaled, halves, multiply
+from puna.tensor.bits import Scaled, fields, halves, multiply
 from puna.tensor.codebooks import codebook
 
 Blocks = NDArray[np.uint8]
@@ -36,7 +36,7 @@ def scaled_iq2_xs(blocks: Blocks) -> Scaled:
 
 def scaled_iq2_s(blocks: Blocks) -> Scaled:
     """Bytes: scale; 32 of codes, 32 of signs, 8 of the codes' higher bits; a 4-bit scale for each 16 numbers."""
-    codes = blocks[:, 2:34] | _fields(blocks[:, 66:74], 2).astype(np.uint16) << 8
+    codes = blocks[:, 2:34] | fields(blocks[:, 66:74], 2).astype(np.uint16) << 8
     scales = halves(blocks, 0) * (np.float32(0.5) + _nibbles(blocks[:, 74:])) * np.float32(0.25)
     return scales, _signed("IQ2_S", codes, blocks[:, 34:66])
 
@@ -50,7 +50,7 @@ def scaled_iq3_xxs(blocks: Blocks) -> Scaled:
 
 def scaled_iq3_s(blocks: Blocks) -> Scaled:
     """Bytes: scale; 64 of codes of 4 numbers each, 8 of their ninth bits, 32 of signs; a 4-bit scale for each 32."""
-    codes = blocks[:, 2:66] | _fields(blocks[:, 66:74], 1).astype(np.uint16) << 8
+    codes = blocks[:, 2:66] | fields(blocks[:, 66:74], 1).astype(np.uint16) << 8
     scales = halves(blocks, 0) * (1 + 2 * _nibbles(blocks[:, 106:]))
     return scales, _signed("IQ3_S", codes, blocks[:, 74:106])
 
@@ -73,9 +73,9 @@ def scaled_iq1_m(blocks: Blocks) -> Scaled:
     parts = (words & 0xF000) >> np.array([12, 8, 4, 0], np.uint16)
     scale = np.bitwise_or.reduce(parts, axis=1, keepdims=True).view("<f2").astype(np.float32)
     small = words[..., None] >> np.array([0, 3, 6, 9], np.uint16) & 7
-    fields = _fields(blocks[:, 32:48], 4)
-    codes = blocks[:, :32] | (fields & 7).astype(np.uint16) << 8
-    shift = np.where(fields & 8, -1, 1).astype(np.int8)
+    nibbles = fields(blocks[:, 32:48], 4)
+    codes = blocks[:, :32] | (nibbles & 7).astype(np.uint16) << 8
+    shift = np.where(nibbles & 8, -1, 1).astype(np.int8)
     return scale * (2 * small.reshape(len(blocks), 16) + 1) * np.float32(0.125), _shifted(codes, shift)
 
 
@@ -126,14 +126,8 @@ def _words(blocks: Blocks, at: int, size: int, dtype: str) -> NDArray[np.unsigne
     return np.ascontiguousarray(blocks[:, at : at + size]).view(dtype)
 
 
-def _fields(packed: Blocks, width: int) -> NDArray[np.uint8]:
-    """Fields of ``width`` bits, those of a byte in a row, the lowest first."""
-    fields: NDArray[np.uint8] = packed[..., None] >> np.arange(0, 8, width, dtype=np.uint8) & np.uint8((1 << width) - 1)
-    return fields.reshape(len(packed), -1)
-
-
 def _nibbles(packed: Blocks) -> Numbers:
-    return _fields(packed, 4).astype(np.float32)
+    return fields(packed, 4).astype(np.float32)
 
 
 def _four_sevens(words: NDArray[np.unsignedinteger]) -> NDArray[np.uint8]:
