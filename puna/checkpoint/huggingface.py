@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,18 +65,30 @@ class SafetensorsFormat:
 
     def write(self, checkpoint: Checkpoint, path: Path, weight_type: str | None) -> None:
         """A folder that transformers loads; ``weight_type`` is F32, F16, BF16 or None."""
-        config = checkpoint.config
-        raw = config.to_hf() | {"torch_dtype": _TORCH_NAMES[_matrix_type(checkpoint, weight_type)]}
-        generation = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}
-        with atomic_folder(path) as folder:
-            write_json(folder / "config.json", raw)
-            write_json(folder / "generation_config.json", generation)
-            if checkpoint.tokenizer is not None:
-                write_json(folder / "tokenizer.json", checkpoint.tokenizer.to_tokenizer_json())
-                write_json(folder / "tokenizer_config.json", checkpoint.tokenizer.to_tokenizer_config())
-            if checkpoint.chat_template is not None:
-                (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8", newline="")
-            write_safetensors(folder, checkpoint.tensors, weight_type)
+        extra = {"torch_dtype": _TORCH_NAMES[_matrix_type(checkpoint, weight_type)]}
+        write_model_folder(
+            checkpoint, path, extra, lambda folder: write_safetensors(folder, checkpoint.tensors, weight_type)
+        )
+
+
+def write_model_folder(
+    checkpoint: Checkpoint, path: Path, extra: dict[str, Any], write_weights: Callable[[Path], None]
+) -> None:
+    """A folder of everything but the weights, which ``write_weights`` writes into it; it appears whole or not at all.
+
+    ``extra`` are fields of config.json beside the architecture.
+    """
+    raw = checkpoint.config.to_hf() | extra
+    generation = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}
+    with atomic_folder(path) as folder:
+        write_json(folder / "config.json", raw)
+        write_json(folder / "generation_config.json", generation)
+        if checkpoint.tokenizer is not None:
+            write_json(folder / "tokenizer.json", checkpoint.tokenizer.to_tokenizer_json())
+            write_json(folder / "tokenizer_config.json", checkpoint.tokenizer.to_tokenizer_config())
+        if checkpoint.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8", newline="")
+        write_weights(folder)
 
 
 def _matrix_type(checkpoint: Checkpoint, weight_type: str | None) -> str:

@@ -156,6 +156,8 @@ def _groups_of(parts: Parts, scale: StoredTensor, rows: int, columns: int) -> in
         return 1
     if len(scale.shape) != 2 or scale.shape[0] != rows or not 0 < scale.shape[1] <= max(1, columns):
         raise parts.error("weight_scale", f"has shape {scale.shape}; expected ({rows}, number of groups)")
+    if columns % scale.shape[1]:
+        raise parts.error("weight_scale", f"has {scale.shape[1]} groups, into which {columns} columns cannot be split")
     return scale.shape[1]
 
 
@@ -178,14 +180,6 @@ def packed_tensors(module: str, matrix: Grouped) -> Iterable[StoredTensor]:
     }
     if (matrix.zeros != 1 << (matrix.bits - 1)).any():
         arrays["weight_zero_point"] = _words(matrix.zeros.T.astype(np.uint8), matrix.bits).T
-    return [StoredTensor.from_array(f"{module}.{name}", array) for name, array in arrays.items()]
-
-
-def int8_tensors(module: str, matrix: Grouped) -> Iterable[StoredTensor]:
-    """The tensors of one ``int-quantized`` module of 8 bits, symmetric, one scale a row."""
-    assert matrix.bits == 8
-    assert (matrix.zeros == 128).all()
-    arrays = {"weight": (matrix.codes ^ np.uint8(128)).view("i1"), "weight_scale": matrix.scales.astype("<f2")}
     return [StoredTensor.from_array(f"{module}.{name}", array) for name, array in arrays.items()]
 
 
