@@ -37,7 +37,8 @@ class FolderSettings:
     """What to make. ``method`` is one of METHODS: ``int8`` has a scale for each row; ``int4`` is rounded plainly.
 
     ``group_size`` (32, 64, 128, or -1 for rows) and ``symmetric`` are of int4 and GPTQ (AWQ is not symmetric);
-    ``act_order`` and ``true_sequential`` of GPTQ. ``layout``, one of LAYOUTS, says whose tensors hold int4.
+    ``act_order`` and ``true_sequential`` of GPTQ. ``layout``, one of LAYOUTS, says whose tensors hold int4, GPTQ and
+    AWQ. ``requantize`` accepts weights that are quantized already, and their further loss.
     """
 
     method: str
@@ -46,6 +47,7 @@ class FolderSettings:
     act_order: bool = True
     true_sequential: bool = True
     layout: str = "compressed-tensors"
+    requantize: bool = False
 
 
 def quantize_folder(
@@ -166,8 +168,11 @@ def _check(checkpoint: Checkpoint, settings: FolderSettings, windows: Windows | 
     for name, weight in checkpoint.tensors.items():
         if not is_quantized_matrix(name):
             continue
-        if weight.type.block_size > 1:
-            raise CheckpointError(f"{name} is quantized already ({weight.type.name}); quantize the original model")
+        if weight.type.block_size > 1 and not settings.requantize:
+            raise CheckpointError(
+                f"{name} is quantized already ({weight.type.name}); quantize the original model, or accept the further "
+                "loss (--requantize)"
+            )
         grouped = settings.method in ("int4", "gptq", "awq") and settings.layout != "gptq"
         if grouped and settings.group_size != -1 and weight.shape[1] % settings.group_size:
             raise CheckpointError(

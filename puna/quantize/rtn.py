@@ -42,7 +42,8 @@ def spacing(groups: Floats, bits: int, symmetric: bool) -> tuple[Floats, NDArray
     if symmetric:
         high = np.maximum(-low, high)
         low = -high
-    scales = _as_half((high - low) / np.float32(most))
+    with np.errstate(over="ignore"):  # refused with the scales
+        scales = _as_half((high - low) / np.float32(most))
     if symmetric:
         return scales, np.full(scales.shape, 1 << (bits - 1), np.int16)
     zeros = np.clip(np.rint(-low / scales), 0, most)

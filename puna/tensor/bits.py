@@ -47,7 +47,7 @@ def fields(packed: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
 def join(split: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
     """The inverse of fields: uint8[..., bytes]."""
     grouped = split.reshape(*split.shape[:-1], -1, 8 // width) << np.arange(0, 8, width, dtype=np.uint8)
-    joined: NDArray[np.uint8] = np.bitwise_or.reduce(grouped, axis=-1)
+    joined: NDArray[np.uint8] = np.ascontiguousarray(np.bitwise_or.reduce(grouped, axis=-1))
     return joined
 
 

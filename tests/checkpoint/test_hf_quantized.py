@@ -28,6 +28,7 @@ def read(config: Any, stored: dict[str, StoredTensor]) -> Weight:
 
 def vector(name: str) -> tuple[dict[str, StoredTensor], np.ndarray]:
     stored = map_safetensors(VECTORS / f"{name}.safetensors")
+    del stored["values"]
     return stored, stored.pop("expected").array()
 
 

@@ -20,7 +20,7 @@ VALUES = torch.randn(ROWS, COLUMNS) * 0.05
 
 def save(name: str, tensors: dict, expected: torch.Tensor) -> None:
     tensors = {f"m.{key}": value.contiguous() for key, value in tensors.items()}
-    save_file(tensors | {"expected": expected.float().contiguous()}, OUT / f"{name}.safetensors")
+    save_file(tensors | {"expected": expected.float().contiguous(), "values": VALUES}, OUT / f"{name}.safetensors")
 
 
 def compressed(name: str, format_name: str, block: tuple[int, int], symmetric: bool = True, **more) -> None:
