@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from puna.checkpoint import Checkpoint
+from puna.checkpoint import Checkpoint, open_checkpoint
+from puna.checkpoint.convert import check_destination, put
 from puna.checkpoint.hf_quantized.awq import awq_config, awq_tensors
 from puna.checkpoint.hf_quantized.bitsandbytes import nf4_config, nf4_tensors
 from puna.checkpoint.hf_quantized.compressed_tensors import compressed_config, fp8_tensors, packed_tensors
@@ -19,10 +20,11 @@ from puna.checkpoint.hf_quantized.write import is_quantized_matrix, write_quanti
 from puna.checkpoint.safetensors import StoredTensor
 from puna.errors import CheckpointError, RequestError
 from puna.quantize.awq import awq
-from puna.quantize.calibration import Windows
+from puna.quantize.calibration import Windows, read_windows
 from puna.quantize.gptq import gptq
 from puna.quantize.layerwise import STAGES, LayerByLayer
 from puna.quantize.rtn import round_to_nearest
+from puna.store import resolve
 from puna.tensor import Weight
 from puna.tensor.groupwise import Grouped
 
@@ -38,7 +40,7 @@ class FolderSettings:
 
     ``group_size`` (32, 64, 128, or -1 for rows) and ``symmetric`` are of int4 and GPTQ (AWQ is not symmetric);
     ``act_order`` and ``true_sequential`` of GPTQ. ``layout``, one of LAYOUTS, says whose tensors hold int4, GPTQ and
-    AWQ. ``requantize`` accepts weights that are quantized already, and their further loss.
+    AWQ, by default the method's own. ``requantize`` accepts weights that are quantized already, and their further loss.
     """
 
     method: str
@@ -46,8 +48,35 @@ class FolderSettings:
     symmetric: bool = False
     act_order: bool = True
     true_sequential: bool = True
-    layout: str = "compressed-tensors"
+    layout: str | None = None
     requantize: bool = False
+
+    @property
+    def stored_as(self) -> str:
+        """The layout of the folder."""
+        own = self.method if self.method in LAYOUTS else "compressed-tensors"
+        return self.layout or own
+
+
+def quantize_to_folder(
+    source: str,
+    destination: Path,
+    settings: FolderSettings,
+    calibrate: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """As ``quantize_folder``, from a stored model or a path, calibrated on the text ``calibrate``.
+
+    Raises CheckpointError when the destination exists and ``overwrite`` is false, RequestError for a text that is too
+    short, and what quantize_folder raises.
+    """
+    destination = destination.expanduser()
+    path = resolve(source).path
+    check_destination(path, destination, overwrite)
+    checkpoint = open_checkpoint(path)
+    windows = None if calibrate is None else read_windows(checkpoint, calibrate)
+    put(destination, lambda fresh: quantize_folder(checkpoint, fresh, settings, windows, progress))
 
 
 def quantize_folder(
@@ -144,9 +173,9 @@ def _layout(settings: FolderSettings) -> tuple[dict[str, Any], Callable[[str, Gr
     if settings.method == "int8":
         weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
         return compressed_config("pack-quantized", weights), packed_tensors
-    if settings.layout == "gptq":
+    if settings.stored_as == "gptq":
         return gptq_config(4, settings.group_size, settings.symmetric, settings.act_order), gptq_tensors
-    if settings.layout == "awq":
+    if settings.stored_as == "awq":
         return awq_config(settings.group_size), awq_tensors
     weights = {"num_bits": 4, "type": "int", "symmetric": settings.symmetric, "dynamic": False}
     by_row = settings.group_size == -1
@@ -157,8 +186,10 @@ def _layout(settings: FolderSettings) -> tuple[dict[str, Any], Callable[[str, Gr
 def _check(checkpoint: Checkpoint, settings: FolderSettings, windows: Windows | None) -> None:
     if settings.method not in METHODS:
         raise RequestError(f"unknown method {settings.method!r}; known: {', '.join(METHODS)}")
-    if settings.layout not in LAYOUTS:
+    if settings.stored_as not in LAYOUTS:
         raise RequestError(f"unknown layout {settings.layout!r}; known: {', '.join(LAYOUTS)}")
+    if settings.layout and settings.method not in ("int4", "gptq", "awq"):
+        raise RequestError(f"{settings.method} has a layout of its own; leave out the layout {settings.layout}")
     if settings.group_size != -1 and settings.group_size <= 0:
         raise RequestError(f"the group size is {settings.group_size}; expected 32, 64, 128, or -1 for rows")
     if settings.method in ("gptq", "awq") and not windows:
@@ -173,7 +204,7 @@ def _check(checkpoint: Checkpoint, settings: FolderSettings, windows: Windows | 
                 f"{name} is quantized already ({weight.type.name}); quantize the original model, or accept the further "
                 "loss (--requantize)"
             )
-        grouped = settings.method in ("int4", "gptq", "awq") and settings.layout != "gptq"
+        grouped = settings.method in ("int4", "gptq", "awq") and settings.stored_as != "gptq"
         if grouped and settings.group_size != -1 and weight.shape[1] % settings.group_size:
             raise CheckpointError(
                 f"{name}: rows of {weight.shape[1]} numbers are not whole groups of {settings.group_size}; "

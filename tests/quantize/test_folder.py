@@ -137,6 +137,24 @@ def assert_same_logits(path: Path, limit: float = 1e-4) -> None:
     assert divergence(torch.log_softmax(logits, -1).numpy(), ours) < limit
 
 
+def test_the_command(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from puna.checkpoint import save_checkpoint
+    from puna.cli.quantize import quantize
+
+    save_checkpoint(tiny_checkpoint(), tmp_path / "source", "safetensors")
+    arguments = [str(tmp_path / "source"), str(tmp_path / "m"), "--type", "INT4", "--group-size", "32", "--symmetric"]
+    runner = CliRunner()
+    assert runner.invoke(quantize, arguments, catch_exceptions=False).exit_code == 0
+    assert open_checkpoint(tmp_path / "m").tensors[DOWN].type.name == "Q4_0"
+    with pytest.raises(CheckpointError, match="exists already"):
+        runner.invoke(quantize, arguments, catch_exceptions=False)
+    runner.invoke(quantize, [*arguments, "--layout", "gptq", "--force"], catch_exceptions=False)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["sym"], config["group_size"]) == ("gptq", True, 32)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +163,7 @@ def assert_same_logits(path: Path, limit: float = 1e-4) -> None:
     [
         (FolderSettings("int5"), RequestError, "unknown method 'int5'; known: int8"),
         (FolderSettings("int4", layout="exl2"), RequestError, "unknown layout 'exl2'"),
+        (FolderSettings("fp8", layout="gptq"), RequestError, "fp8 has a layout of its own"),
         (FolderSettings("int4", 0), RequestError, "group size is 0"),
         (FolderSettings("gptq", 32), RequestError, "gptq needs a calibration text"),
         (FolderSettings("awq", 32, symmetric=True), RequestError, "AWQ weights have zero points"),
