@@ -135,7 +135,8 @@ def _read_dat(path: Path) -> ImportanceMatrix:
         name = reader.text()
         windows = reader.whole()
         numbers = reader.numbers(reader.count(4))
-        means[name] = numbers / np.float32(windows) if windows > 0 else numbers
+        with np.errstate(invalid="ignore"):  # damaged numbers are told of later
+            means[name] = numbers / np.float32(windows) if windows > 0 else numbers
     if not means:
         raise reader.error()
     windows, datasets = 0, tuple[str, ...]()

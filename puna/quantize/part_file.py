@@ -100,7 +100,7 @@ class PartFile:
             lines = self._journal_path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
             return {}
-        entries: list[dict[str, Any]] = []
+        entries: list[Any] = []
         for line in lines:
             try:
                 entries.append(json.loads(line))
@@ -108,7 +108,8 @@ class PartFile:
                 break
         if not entries or entries[0] != {"writes": self._identity}:
             return {}
-        return {entry["tensor"]: entry["sha256"] for entry in entries[1:]}
+        finished = (entry for entry in entries[1:] if isinstance(entry, dict))
+        return {str(entry.get("tensor")): str(entry.get("sha256")) for entry in finished}
 
     def _remove(self) -> None:
         for path in (self.path, self._journal_path):

@@ -261,17 +261,13 @@ def _digest(importance: ImportanceMatrix | None) -> str:
 
 def _notes(plans: Sequence[TensorPlan], importance: ImportanceMatrix | None) -> list[str]:
     notes = []
-    for (wanted, kind, columns), count in Counter(
-        (plan.wanted, plan.type.name, plan.shape[-1]) for plan in plans if plan.wanted
-    ).items():
+    unfit = Counter((plan.wanted, plan.type.name, plan.shape[-1]) for plan in plans if plan.wanted)
+    for (wanted, kind, columns), count in unfit.items():
         notes.append(
-            f"{count} tensors are {kind}, not {wanted}: their rows of {columns} numbers are not whole blocks of it"
+            f"{kind} instead of {wanted} for {count} of {len(plans)} tensors: their rows have {columns} numbers"
         )
-    unknown = [
-        plan.name
-        for plan in plans
-        if importance and plan.name.startswith("blk.") and len(plan.shape) > 1 and plan.name not in importance.means
-    ]
+    matrices = [plan.name for plan in plans if plan.name.startswith("blk.") and len(plan.shape) > 1]
+    unknown = [name for name in matrices if importance and name not in importance.means]
     if unknown:
-        notes.append(f"the importance matrix knows nothing of {len(unknown)} tensors, the first {unknown[0]}")
+        notes.append(f"the importance matrix has nothing of {len(unknown)} tensors, the first {unknown[0]}")
     return notes
