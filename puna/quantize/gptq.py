@@ -37,28 +37,26 @@ def gptq(
     order = np.argsort(-np.diag(second), kind="stable") if act_order else np.arange(columns)
     upper = _inverse_factor(second, idle, order)
     groups = np.arange(columns) // size
-    scales, zeros = spacing(in_groups(w, group_size), bits, symmetric)
-    codes = np.empty((rows, columns), np.uint8)
-    w = w[:, order]
+    scales, zeros = (part.T.copy() for part in spacing(in_groups(w, group_size), bits, symmetric))
+    codes = np.empty((columns, rows), np.uint8)
+    w = np.ascontiguousarray(w.T[order])  # a column lies in a row from here on
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        errors = np.empty((rows, stop - start), np.float32)
+        errors = np.empty((stop - start, rows), np.float32)
         for i in range(start, stop):
             column = order[i]
             group = groups[column]
             if not act_order and column % size == 0:
-                ahead = w[:, i : i + size].copy()
+                ahead = w[i : i + size].copy()
                 if i + size > stop:  # the errors of this block have not yet reached the columns beyond it
-                    ahead[:, stop - i :] -= errors[:, : i - start] @ upper[start:i, stop : i + size]
-                scales[:, group], zeros[:, group] = spacing(ahead, bits, symmetric)
-            scale, zero = scales[:, group], zeros[:, group]
-            codes[:, column] = nearest_codes(w[:, i], scale, zero, bits)
-            rounded = (codes[:, column].astype(np.int16) - zero) * scale
-            error = (w[:, i] - rounded) / upper[i, i]
-            w[:, i + 1 : stop] -= error[:, None] * upper[i, i + 1 : stop]
-            errors[:, i - start] = error
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return Grouped(codes, scales, zeros, groups, bits)
+                    ahead[stop - i :] -= upper[start:i, stop : i + size].T @ errors[: i - start]
+                scales[group], zeros[group] = spacing(ahead.T, bits, symmetric)
+            codes[column] = nearest_codes(w[i], scales[group], zeros[group], bits)
+            rounded = (codes[column].astype(np.int16) - zeros[group]) * scales[group]
+            errors[i - start] = (w[i] - rounded) / upper[i, i]
+            w[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
+        w[stop:] -= upper[start:stop, stop:].T @ errors
+    return Grouped(np.ascontiguousarray(codes.T), scales.T.copy(), zeros.T.copy(), groups, bits)
 
 
 def _inverse_factor(

@@ -181,6 +181,12 @@ def test_act_order() -> None:
     assert weight.type.name == "Q4_1"  # whole blocks have one group
 
 
+def test_act_order_needs_the_order() -> None:
+    stored = gptq_tensors(*packed_numbers(4), 4, 1)
+    with pytest.raises(CheckpointError, match=r"m\.g_idx is missing"):
+        read(GPTQ | {"desc_act": True}, stored)
+
+
 def test_one_group_a_row() -> None:
     codes, zeros, scales = packed_numbers(5)
     weight = read(GPTQ | {"group_size": -1}, gptq_tensors(codes, zeros[:1], scales[:1], 4, 1))

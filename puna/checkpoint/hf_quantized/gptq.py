@@ -36,6 +36,7 @@ class GptqLayout:
     def __init__(self, config: Fields) -> None:
         self.bits: int = config.one_of(("bits",), (2, 4, 8))
         self.group_size = config.group_size(("group_size",))
+        self.act_order: bool = config.one_of(("desc_act",), (True, False), False)
         version = config.one_of(("checkpoint_format", "format"), ("gptq", "gptq_v2"), "gptq")
         self.zero_offset = 1 if version == "gptq" else 0
 
@@ -45,7 +46,7 @@ class GptqLayout:
         groups = group_count(columns, self.group_size)
         scales = parts.need("scales", FLOATS, (groups, rows))
         qzeros = parts.need("qzeros", ("I32",), (groups, -(-rows * self.bits // 32)))
-        if "g_idx" in parts:
+        if "g_idx" in parts or (self.act_order and groups > 1):
             parts.need("g_idx", ("I32", "I64"), (columns,))
 
         def grouped() -> Grouped:
