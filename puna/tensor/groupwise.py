@@ -113,6 +113,9 @@ def encode_rows(name: str, shape: tuple[int, int], type_name: str, rows: Callabl
 
 
 def _half_holds(scales: Floats) -> bool:
-    """Whether float16 has room for the scales with the precision that it has for ordinary numbers."""
-    magnitude = np.abs(scales)
-    return bool(((magnitude == 0) | ((magnitude > 2.0**-15) & (magnitude < 4096))).all())
+    """Whether rounding to float16 changes no scale by more than a thousandth of itself, or of the mean scale: one that
+    is too small for float16 belongs to numbers that hardly count beside the others."""
+    size = np.abs(scales)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.abs(size.astype(np.float16).astype(np.float32) - size)
+        return bool((error <= np.maximum(size, size.mean()) * 2.0**-10).all())

@@ -9,11 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from puna.checkpoint.hf_quantized.awq import awq_tensors
+from puna.checkpoint.hf_quantized.compressed_tensors import packed_tensors
+from puna.checkpoint.hf_quantized.gptq import gptq_tensors as gptq_tensors_of
 from puna.checkpoint.hf_quantized.read import read_quantized
 from puna.checkpoint.safetensors import StoredTensor, map_safetensors
 from puna.errors import CheckpointError
 from puna.tensor import Weight
+from puna.tensor.groupwise import Grouped
 
 VECTORS = Path(__file__).parent / "vectors"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
@@ -223,6 +229,17 @@ def test_scales_beyond_float16_keep_their_size() -> None:
     np.testing.assert_allclose(weight.dequantize(), expected * 1e-6, rtol=2.0**-8)
 
 
+def test_a_tiny_scale_among_others_changes_nothing_much() -> None:
+    """AutoAWQ gives groups of zeros a scale below what float16 has."""
+    stored, _ = vector("ct-int4-symmetric")
+    scales = stored["m.weight_scale"].array().astype(np.float32)
+    scales[3, 1] = 6.7e-7
+    stored["m.weight_scale"] = StoredTensor.from_array("m.weight_scale", scales)
+    weight = read(COMPRESSED, stored)
+    assert weight.type.name == "Q4_0"
+    assert np.abs(weight.dequantize()[3, 32:]).max() <= 8 * 8e-7
+
+
 # --- what is beside the matrices --------------------------------------------------------------------------------------
 
 
@@ -332,3 +349,38 @@ def test_refuses_broken_tensors_of_others(name: str, part: str, changes: dict, m
     stored[f"m.{part}"] = changed(stored[f"m.{part}"], **changes)
     with pytest.raises(CheckpointError, match=message):
         read(config_of(name), stored)
+
+
+# --- what is written is read ------------------------------------------------------------------------------------------
+
+
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    shape=st.tuples(st.sampled_from([16, 48]), st.sampled_from([64, 96])),
+    size=st.sampled_from([32, 64, -1]),
+    middle=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_layout_gives_back_the_numbers(
+    bits: int, shape: tuple[int, int], size: int, middle: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    rows, columns = shape
+    groups = np.arange(columns) // (columns if size == -1 else size)
+    count = int(groups[-1]) + 1
+    scales = rng.uniform(0.001, 0.1, (rows, count)).astype(np.float16).astype(np.float32)
+    zeros = np.full((rows, count), 1 << (bits - 1)) if middle else rng.integers(0, 1 << bits, (rows, count))
+    codes = rng.integers(0, 1 << bits, shape).astype(np.uint8)
+    matrix = Grouped(codes, scales, zeros.astype(np.int16), groups, bits)
+    expected = matrix.as_weight("m.weight").dequantize()
+    stored = {"gptq": gptq_tensors_of("m", matrix)}
+    if columns % count == 0 and (size == -1 or columns % size == 0):
+        stored["compressed-tensors"] = packed_tensors("m", matrix)
+        if bits == 4:
+            stored["awq"] = awq_tensors("m", matrix)
+    for method, tensors in stored.items():
+        config = {"quant_method": method, "bits": bits, "group_size": size, "format": None}
+        config["format"] = "pack-quantized" if method == "compressed-tensors" else "gptq"
+        weight = read(config, {tensor.name: tensor for tensor in tensors})
+        np.testing.assert_array_equal(weight.dequantize(), expected)
