@@ -95,6 +95,8 @@ def quantize(
             bars.update(task, description=what, completed=done, total=total)
 
         if mix is not None and mix.lower() in METHODS:
+            if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
+                raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
             folder = FolderSettings(mix.lower(), group_size, symmetric, layout=layout, requantize=requantize)
             quantize_to_folder(source, destination, folder, calibrate, force, on_progress)
             return

@@ -174,7 +174,7 @@ def _layout(settings: FolderSettings) -> tuple[dict[str, Any], Callable[[str, Gr
         weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
         return compressed_config("pack-quantized", weights), packed_tensors
     if settings.stored_as == "gptq":
-        return gptq_config(4, settings.group_size, settings.symmetric, settings.act_order), gptq_tensors
+        return gptq_config(4, settings.group_size, settings.symmetric), gptq_tensors
     if settings.stored_as == "awq":
         return awq_config(settings.group_size), awq_tensors
     weights = {"num_bits": 4, "type": "int", "symmetric": settings.symmetric, "dynamic": False}
@@ -194,6 +194,10 @@ def _check(checkpoint: Checkpoint, settings: FolderSettings, windows: Windows | 
         raise RequestError(f"the group size is {settings.group_size}; expected 32, 64, 128, or -1 for rows")
     if settings.method in ("gptq", "awq") and not windows:
         raise RequestError(f"{settings.method} needs a calibration text; give one (--calibrate)")
+    if windows and settings.method not in ("gptq", "awq"):
+        raise RequestError(
+            f"{settings.method} is rounded without a calibration text; leave it out, or choose GPTQ or AWQ"
+        )
     if settings.symmetric and settings.method == "awq":
         raise RequestError("AWQ weights have zero points; leave out the symmetric setting")
     for name, weight in checkpoint.tensors.items():

@@ -36,7 +36,8 @@ TOLERANCE = {"int8": 0.8, "nf4": 20.0, "fp8": 4.0}
 
 
 def written(path: Path, name: str) -> Path:
-    quantize_folder(tiny_checkpoint(), path / "m", SETTINGS[name], WINDOWS)
+    windows = WINDOWS if name in ("gptq", "awq") else None
+    quantize_folder(tiny_checkpoint(), path / "m", SETTINGS[name], windows)
     return path / "m"
 
 
@@ -150,6 +151,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "m").tensors[DOWN].type.name == "Q4_0"
     with pytest.raises(CheckpointError, match="exists already"):
         runner.invoke(quantize, arguments, catch_exceptions=False)
+    assert "only --calibrate goes with it" in runner.invoke(quantize, [*arguments, "--fit", "1GB"]).output
     runner.invoke(quantize, [*arguments, "--layout", "gptq", "--force"], catch_exceptions=False)
     config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["sym"], config["group_size"]) == ("gptq", True, 32)
@@ -163,6 +165,7 @@ def test_the_command(tmp_path: Path) -> None:
     [
         (FolderSettings("int5"), RequestError, "unknown method 'int5'; known: int8"),
         (FolderSettings("int4", layout="exl2"), RequestError, "unknown layout 'exl2'"),
+        (FolderSettings("int8", symmetric=True), RequestError, "int8 is rounded without a calibration text"),
         (FolderSettings("fp8", layout="gptq"), RequestError, "fp8 has a layout of its own"),
         (FolderSettings("int4", 0), RequestError, "group size is 0"),
         (FolderSettings("gptq", 32), RequestError, "gptq needs a calibration text"),

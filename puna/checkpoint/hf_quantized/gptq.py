@@ -70,21 +70,24 @@ def consecutive_groups_of(columns: int, group_size: int) -> NDArray[np.intp]:
     return order
 
 
-def gptq_config(bits: int, group_size: int, symmetric: bool, act_order: bool) -> dict[str, Any]:
-    """The ``quantization_config`` of folders whose modules gptq_tensors writes."""
+def gptq_config(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+    """The ``quantization_config`` of folders whose modules gptq_tensors writes.
+
+    ``desc_act`` tells loaders whether groups are out of order, not in which order they were rounded.
+    """
     return {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
         "sym": symmetric,
-        "desc_act": act_order,
+        "desc_act": False,
         "checkpoint_format": "gptq",
         "lm_head": False,
     }
 
 
 def gptq_tensors(module: str, matrix: Grouped) -> Iterable[StoredTensor]:
-    """The tensors of one module, in the first version of the format, which every loader reads."""
+    """The tensors of one module, its groups in order, in the first version of the format, which all loaders read."""
     rows, columns = matrix.codes.shape
     per_word = 32 // matrix.bits
     codes = matrix.codes.reshape(rows, columns // per_word, per_word).transpose(1, 0, 2)
