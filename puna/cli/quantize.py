@@ -30,6 +30,15 @@ def _parse_fit(context: click.Context, parameter: click.Parameter, value: str | 
     "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Set the type of some tensors."
 )
 @click.option("--keep-head", "head", metavar="TYPE", help="Set the type of the head (the embedding, where tied).")
+@click.option(
+    "--group-size", type=int, default=128, show_default=True, help="INT4, GPTQ: columns of a scale; -1: a row."
+)
+@click.option("--symmetric", is_flag=True, help="INT4, GPTQ: no zero points.")
+@click.option(
+    "--layout",
+    type=click.Choice(["compressed-tensors", "gptq", "awq"]),
+    help="INT4, GPTQ, AWQ: whose layout the folder has (by default the method's own).",
+)
 @click.option("--requantize", is_flag=True, help="Accept a SOURCE that is quantized already, and its further loss.")
 @click.option("--force", is_flag=True, help="Replace the destination if it exists.")
 @threads_option
@@ -45,6 +54,9 @@ def quantize(
     save_imatrix: Path | None,
     tensor_types: tuple[str, ...],
     head: str | None,
+    group_size: int,
+    symmetric: bool,
+    layout: str | None,
     requantize: bool,
     force: bool,
     threads: int | None,
@@ -52,12 +64,13 @@ def quantize(
 ) -> None:
     """Quantize SOURCE (a stored model, .gguf file or checkpoint folder) to the file DESTINATION.gguf.
 
-    One of --type, --fit and --max-kl says how far. When it is cut off, the same command continues.
+    One of --type, --fit and --max-kl says how far. When it is cut off, the same command continues. With --type INT8,
+    INT4, NF4, FP8, GPTQ or AWQ, DESTINATION is a Hugging Face folder instead (docs/hf-quantized.md).
     """
     from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
 
-    from puna.quantize import QuantizeSettings
+    from puna.quantize import METHODS, FolderSettings, QuantizeSettings, quantize_to_folder
     from puna.quantize import quantize as quantize_model
 
     settings = QuantizeSettings(
@@ -81,6 +94,12 @@ def quantize(
         def on_progress(what: str, done: int, total: int) -> None:
             bars.update(task, description=what, completed=done, total=total)
 
+        if mix is not None and mix.lower() in METHODS:
+            if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
+                raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
+            folder = FolderSettings(mix.lower(), group_size, symmetric, layout=layout, requantize=requantize)
+            quantize_to_folder(source, destination, folder, calibrate, force, on_progress)
+            return
         result = quantize_model(source, destination, settings, threads, on_progress)
     if as_json:
         click.echo(json.dumps(result.as_json(), indent=2))
