@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "pack": "puna.cli.pack:pack",
     "convert": "puna.cli.convert:convert",
     "data": "puna.cli.data:data",
+    "quantize": "puna.cli.quantize:quantize",
     "bench": "puna.cli.bench:bench",
     "doctor": "puna.cli.doctor:doctor",
 }
@@ -50,7 +51,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(puna.__version__, "-v", "--version", prog_name="puna")
 def cli() -> None:
-    """Run, serve, inspect and convert models of the Llama family on this machine."""
+    """Run, serve, inspect, convert and quantize models of the Llama family on this machine."""
 
 
 def main(arguments: list[str] | None = None) -> None:
