@@ -27,17 +27,17 @@ class Order:
         shuffle: bool = True,
         epochs: int | None = None,
     ) -> None:
-        self._sizes = list(sizes)
-        if not self._sizes or min(self._sizes) < 0 or sum(self._sizes) == 0:
-            raise DataError(f"there are no examples to train on: the sizes of the data sets are {self._sizes}")
+        self.sizes = list(sizes)
+        if not self.sizes or min(self.sizes) < 0 or sum(self.sizes) == 0:
+            raise DataError(f"there are no examples to train on: the sizes of the data sets are {self.sizes}")
         if weights is not None:
-            _check_weights(weights, self._sizes)
+            _check_weights(weights, self.sizes)
             weights = [weight / sum(weights) for weight in weights]
         self._weights = weights
         self._seed = seed
         self._shuffle = shuffle
-        self._limit = None if epochs is None or weights is not None else epochs * sum(self._sizes)
-        self._drawn = [0] * (1 if weights is None else len(self._sizes))
+        self._limit = None if epochs is None or weights is not None else epochs * sum(self.sizes)
+        self._drawn = [0] * (1 if weights is None else len(self.sizes))
         self._permutations: dict[int, tuple[int, Permutation]] = {}
 
     @property
@@ -48,7 +48,7 @@ class Order:
     @property
     def epoch(self) -> float:
         """How many times all of the data has been visited; with weights, by the number of examples."""
-        return self.drawn / sum(self._sizes)
+        return self.drawn / sum(self.sizes)
 
     def __iter__(self) -> Order:
         return self
@@ -57,24 +57,24 @@ class Order:
         if self._weights is None:
             if self._limit is not None and self._drawn[0] >= self._limit:
                 raise StopIteration
-            number = self._next_of(0, sum(self._sizes))
+            number = self._next_of(0, sum(self.sizes))
             source = 0
-            while number >= self._sizes[source]:
-                number -= self._sizes[source]
+            while number >= self.sizes[source]:
+                number -= self.sizes[source]
                 source += 1
             return source, number
         total = self.drawn + 1
         lag = [weight * total - drawn for weight, drawn in zip(self._weights, self._drawn, strict=True)]
         source = lag.index(max(lag))
-        return source, self._next_of(source, self._sizes[source])
+        return source, self._next_of(source, self.sizes[source])
 
     def state(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""
         return {
             "epoch": int(self.epoch),
-            "position": self.drawn % sum(self._sizes),
+            "position": self.drawn % sum(self.sizes),
             "drawn": list(self._drawn),
-            "sizes": list(self._sizes),
+            "sizes": list(self.sizes),
             "seed": self._seed,
         }
 

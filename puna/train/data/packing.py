@@ -46,7 +46,7 @@ class PackedStream:
             if self._order.drawn == before:
                 raise StopIteration
             fruitless += self._order.drawn - before
-            if not self._window and fruitless >= sum(self._order.state()["sizes"]):
+            if not self._window and fruitless >= sum(self._order.sizes):
                 raise DataError(
                     f"no example fits into {self._length} tokens with something to learn; train with longer "
                     "sequences, or cut the examples"

@@ -111,10 +111,11 @@ def pack(documents: Sequence[Tokens], length: int) -> list[Packed]:
         bins[place].append(number)
         insort(rooms, (room - size, place))
     # Sequences in the documents' order, for it was shuffled, and the longest are not to come first.
-    return [_packed([documents[number] for number in numbers]) for numbers in sorted(map(sorted, bins))]
+    return [concatenate([documents[number] for number in numbers]) for numbers in sorted(map(sorted, bins))]
 
 
-def _packed(documents: Sequence[Tokens]) -> Packed:
+def concatenate(documents: Sequence[Tokens]) -> Packed:
+    """One sequence of all the documents, at least one, in their order."""
     return Packed(
         np.concatenate([document.ids for document in documents]),
         np.concatenate([document.trained for document in documents]),

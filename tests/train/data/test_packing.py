@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.errors import DataError
+from puna.train.data.answers import AnswerStream
+from puna.train.data.examples import Continuation, Example, Labelled, Preference
 from puna.train.data.order import Order
 from puna.train.data.packing import PackedStream
 from puna.train.data.tokens import Tokens, Truncation, pack, truncate
@@ -105,3 +107,61 @@ def test_data_of_which_nothing_fits_is_refused() -> None:
     packed = PackedStream(order, lambda *_: [document(20)], LENGTH, truncation="drop", bos=None, window=2)
     with pytest.raises(DataError, match="no example fits into 16 tokens"):
         next(packed)
+
+
+def answers(count: int = 2, epochs: int | None = None) -> AnswerStream:
+    """Pairs of whose answers number 1's rejected is too long."""
+    sizes = [(3, 4), (5, 30), (6, 7), (8, 9), (10, 11)]
+    return AnswerStream(
+        Order([len(sizes)], seed=4, epochs=epochs),
+        lambda _, number: Preference(Continuation(f"{number}"), Continuation("")),
+        lambda example: [document(size, 100 * int(example.chosen.text)) for size in sizes[int(example.chosen.text)]],
+        count=count,
+        length=LENGTH,
+        truncation="drop",
+        bos=None,
+    )
+
+
+def test_answers_keep_their_pairs() -> None:
+    stream = answers(epochs=1)
+    batches = list(stream)
+    assert [len(batch.desirable) for batch in batches] == [4, 4]
+    assert stream.left_out == 1
+    pairs = [
+        (one.ids.tolist(), other.ids.tolist())
+        for batch in batches
+        for one, other in zip(batch.packed.documents[::2], batch.packed.documents[1::2], strict=True)
+    ]
+    expected = [(3, 4, 0), (6, 7, 200), (8, 9, 300), (10, 11, 400)]
+    assert sorted(pairs) == [
+        (list(range(first, first + one)), list(range(first, first + other))) for one, other, first in expected
+    ]
+    for batch in batches:
+        assert batch.desirable.tolist() == [True, False] * 2
+
+
+def test_answers_go_on_where_their_state_was_taken() -> None:
+    stream = answers(3)
+    list(islice(stream, 5))
+    state = stream.state()
+    rest = [batch.packed.ids.tolist() for batch in islice(stream, 4)]
+    other = answers(3)
+    other.restore(state)
+    assert [batch.packed.ids.tolist() for batch in islice(other, 4)] == rest
+    assert other.left_out == stream.left_out
+
+
+def test_answers_need_labels_and_room() -> None:
+    def stream(example: Example, size: int) -> AnswerStream:
+        def render(_: Example) -> list[Tokens]:
+            return [document(size)]
+
+        return AnswerStream(Order([2]), lambda *_: example, render, count=1, length=LENGTH, truncation="drop", bos=None)
+
+    text = Continuation("a")
+    assert next(stream(Labelled(text, False), 9)).desirable.tolist() == [False]
+    with pytest.raises(DataError, match="chosen and rejected, or with a label"):
+        next(stream(text, 9))
+    with pytest.raises(DataError, match="no answer fits into 16 tokens"):
+        next(stream(Labelled(text, True), 17))
