@@ -14,8 +14,8 @@ class Order:
 
     Without ``weights`` the sources are one set, visited once an epoch, ``epochs`` times (None: without end). With
     weights it is endless, and the source that lags most behind its share is next, so that none is ever a whole example
-    ahead; a small source then comes round more often. ``state`` is all that is needed to go on. Raises DataError for sizes or
-    weights that give nothing to visit.
+    ahead; a small source then comes round more often. ``state`` is all that is needed to go on. Raises DataError for
+    sizes or weights that give nothing to visit.
     """
 
     def __init__(
