@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from puna.errors import RequestError
+from puna.server.connections import HttpProtocol
 from puna.server.cors import is_loopback
 from puna.server.keys import KeyFile
 from puna.server.service import Service
@@ -69,6 +70,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
         config = uvicorn.Config(
             app,
+            http=HttpProtocol,
             ssl_certfile=settings.tls_cert,
             ssl_keyfile=settings.tls_key,
             log_config=None,
