@@ -2,7 +2,8 @@
 
     python -m bench.soak MODEL.gguf --requests 10000
 
-Streams, whole answers, refused requests, and clients that leave in the middle; prompts and lengths are random.
+Streams, whole answers, refused requests, and clients that leave in the middle; prompts and lengths are random. Memory
+counts from the end of the first requests on: they fill the prefix cache, and the allocators' pools of every thread.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import httpx
 import psutil
 
 from puna.store import Store, import_file
+
+WARM_UP = 3000  # requests
+MOST_GROWTH = 2e6  # bytes, that count as none
 
 
 def soak(url: str, model: str, requests: int, seed: int, clients: int = 4) -> None:
@@ -74,12 +78,16 @@ def main() -> None:
         ) as server:
             assert server.stdout is not None
             url = server.stdout.readline().split()[-1]
+            soak(url, "soak", WARM_UP, seed=-1)
+            sizes = []
             for part in range(11):
-                soak(url, "soak", options.requests // 10 if part else 200, seed=part)
-                print(
-                    f"{part * options.requests // 10:6} requests: {resident_bytes(server.pid) / 1e6:.1f} MB", flush=True
-                )
+                sizes.append(resident_bytes(server.pid))
+                print(f"{part * options.requests // 10:6} requests: {sizes[-1] / 1e6:.1f} MB", flush=True)
+                if part < 10:
+                    soak(url, "soak", options.requests // 10, seed=part)
             server.terminate()
+        if sizes[-1] - sizes[0] > MOST_GROWTH:
+            sys.exit(f"memory grew by {(sizes[-1] - sizes[0]) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
