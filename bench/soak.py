@@ -78,16 +78,24 @@ def main() -> None:
         ) as server:
             assert server.stdout is not None
             url = server.stdout.readline().split()[-1]
-            soak(url, "soak", WARM_UP, seed=-1)
-            sizes = []
-            for part in range(11):
-                sizes.append(resident_bytes(server.pid))
-                print(f"{part * options.requests // 10:6} requests: {sizes[-1] / 1e6:.1f} MB", flush=True)
-                if part < 10:
-                    soak(url, "soak", options.requests // 10, seed=part)
-            server.terminate()
-        if sizes[-1] - sizes[0] > MOST_GROWTH:
-            sys.exit(f"memory grew by {(sizes[-1] - sizes[0]) / 1e6:.1f} MB")
+            try:
+                growth = _growth(url, server.pid, options.requests)
+            finally:
+                server.terminate()
+    if growth > MOST_GROWTH:
+        sys.exit(f"memory grew by {growth / 1e6:.1f} MB")
+
+
+def _growth(url: str, process_id: int, requests: int) -> int:
+    """Bytes by which a server's memory grows while it answers that many."""
+    soak(url, "soak", WARM_UP, seed=-1)
+    sizes = []
+    for part in range(11):
+        sizes.append(resident_bytes(process_id))
+        print(f"{part * requests // 10:6} requests: {sizes[-1] / 1e6:.1f} MB", flush=True)
+        if part < 10:
+            soak(url, "soak", requests // 10, seed=part)
+    return sizes[-1] - sizes[0]
 
 
 if __name__ == "__main__":

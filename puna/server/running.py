@@ -23,6 +23,7 @@ from puna.store import Store
 
 DRAIN_SECONDS = 30.0
 CLOSE_SECONDS = 5
+KEEP_ALIVE_SECONDS = 75  # of idle connections: longer than clients keep them, so that none is closed as it is used
 
 
 def check_settings(settings: ServerSettings, store: Store) -> None:
@@ -77,6 +78,7 @@ class Server(uvicorn.Server):
             access_log=False,
             ws="none",
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
         super().__init__(config)
