@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
@@ -14,6 +15,8 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from puna.errors import CapacityError, PunaError
+
+_log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; nobody is left to read it
@@ -94,6 +97,9 @@ class EventStream(StreamingResponse):
             yield self._on_error(error)
         except MemoryError:
             yield self._on_error(CapacityError("the machine is out of memory"))
+        except Exception as error:
+            _log.exception("an answer failed")
+            yield self._on_error(PunaError(f"the server failed: {type(error).__name__}"))
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

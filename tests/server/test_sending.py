@@ -78,6 +78,23 @@ def test_no_ping_while_something_is_being_sent(monkeypatch: pytest.MonkeyPatch) 
     assert [part for part in asyncio.run(run()) if part != PING] == [b"", b"only", b""]
 
 
+def test_a_stream_that_fails_ends_with_an_error_and_not_in_the_middle() -> None:
+    async def run() -> list[bytes]:
+        sent: list[bytes] = []
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            yield b"first"
+            raise ZeroDivisionError("a secret")
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message.get("body", b""))
+
+        await (await EventStream.start(events(), lambda error: str(error).encode()))(SCOPE, never, send)
+        return sent
+
+    assert asyncio.run(run()) == [b"", b"first", b"the server failed: ZeroDivisionError", b""]
+
+
 def test_work_ends_with_its_client() -> None:
     async def run() -> bool:
         started, ended = asyncio.Event(), asyncio.Event()
