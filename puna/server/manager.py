@@ -85,7 +85,7 @@ class Manager:
         self._loading = asyncio.Lock()
         self._adapting = asyncio.Lock()
         self._released = asyncio.Event()
-        self._blocked: set[object] = set()
+        self._blocked: dict[object, str | None] = {}  # loads that wait: for this model to be free, or for room
         self._unblocked = asyncio.Event()
         self._unblocked.set()
         self._alarm: asyncio.TimerHandle | None = None
@@ -110,11 +110,12 @@ class Manager:
         ``name`` is a stored model's, or ``base:adapter``. ``context_length`` is what it must hold at least. Raises
         StoreError for an unknown name, CapacityError when it cannot be in memory, and what loading raises.
 
-        Must not be nested. While a load waits for models in use to end, who comes later waits behind it: otherwise a
-        model that is always busy would keep all others out.
+        Must not be nested. While a load waits for models in use to end, who comes later for one of those waits behind
+        it: otherwise a model that is always busy would keep all others out.
         """
         manifest, adapter = await asyncio.to_thread(self.adapters.resolve, name)
-        await self._unblocked.wait()
+        if any(in_the_way in (None, _key(manifest)) for in_the_way in self._blocked.values()):
+            await self._unblocked.wait()
         model = await self._acquire(manifest, context_length)
         try:
             yield model if adapter is None else await self._with_adapter(model, adapter)
@@ -174,11 +175,11 @@ class Manager:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
                 if not await asyncio.shield(task):
-                    self._blocked.add(token)
+                    self._blocked[token] = _key(manifest) if _key(manifest) in self._models else None
                     self._unblocked.clear()
                     await released.wait()
         finally:
-            self._blocked.discard(token)
+            self._blocked.pop(token, None)
             if not self._blocked:
                 self._unblocked.set()
 

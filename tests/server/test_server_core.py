@@ -212,6 +212,30 @@ def test_a_model_that_is_always_busy_keeps_no_load_waiting_for_ever(
         model_store.remove("other")
 
 
+def test_a_reload_holds_no_other_model_up(model_store: Store) -> None:
+    model_store.copy("stories", "other")
+
+    async def use(service: Service) -> None:
+        manager = service.manager
+
+        async def reload() -> None:
+            async with manager.use("stories", context_length=256):
+                pass
+
+        async with manager.use("stories"):
+            loading = asyncio.create_task(reload())
+            while not manager.blocked:
+                await asyncio.sleep(0)
+            async with manager.use("other"):
+                assert not loading.done()
+        await loading
+
+    try:
+        with_service(model_store, use, max_loaded=2, context_length=128)
+    finally:
+        model_store.remove("other")
+
+
 def test_who_waits_for_room_and_leaves_lets_others_go_on(model_store: Store) -> None:
     model_store.copy("stories", "other")
 
