@@ -32,16 +32,29 @@ def convert(
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     format_name = format_name or ("gguf" if destination.suffix == ".gguf" else "safetensors")
-    occupied = destination.is_file() or (destination.is_dir() and any(destination.iterdir()))
-    if occupied:
-        _check_replaceable(source, destination, overwrite)
+    check_destination(source, destination, overwrite)
     checkpoint = open_checkpoint(source)
     if progress:
         checkpoint = replace(checkpoint, tensors=_Watched(checkpoint.tensors, progress))
-    if occupied and destination.is_dir():
-        _replace_folder(destination, lambda fresh: save_checkpoint(checkpoint, fresh, format_name, weight_type))
+    put(destination, lambda path: save_checkpoint(checkpoint, path, format_name, weight_type))
+
+
+def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
+    """Raise CheckpointError when something is there that must not be replaced."""
+    if _is_occupied(destination):
+        _check_replaceable(source, destination, overwrite)
+
+
+def put(destination: Path, write: Callable[[Path], None]) -> None:
+    """Have a model written to ``destination``, in the place of a folder that is there. Raises CheckpointError."""
+    if destination.is_dir() and _is_occupied(destination):
+        _replace_folder(destination, write)
     else:
-        save_checkpoint(checkpoint, destination, format_name, weight_type)
+        write(destination)
+
+
+def _is_occupied(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
 class _Watched(Mapping[str, Weight]):
