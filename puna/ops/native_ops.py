@@ -24,6 +24,7 @@ from puna.ops.packed_file import PackedFile, PackedMatrix, packed_error
 from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow, UploadedWeight
 from puna.ops.threads import default_threads
 from puna.tensor import QUANT_TYPES, LowRank, Weight
+from puna.tensor.mapped import drop_mapped_pages
 from puna.tensor.types import QuantType
 
 Floats = NDArray[np.float32]
@@ -268,7 +269,7 @@ class NativeOps:
         kind, (rows, columns) = w.source.type.gguf_id, w.shape
         packed = self.pack(w.source, self._panel_memory.take(_native.packed_bytes(kind, rows, columns)))
         w.panels = _native.Panels(kind, rows, columns, packed)
-        if not _drop_mapped_pages(w.source.data) and not w.looked_up:
+        if not drop_mapped_pages(w.source.data) and not w.looked_up:
             w.source = None  # no file behind it: free the memory
         return w.panels
 
@@ -332,19 +333,3 @@ def _untouched_zeros(size: int) -> NDArray[np.uint8]:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
-
-
-def _drop_mapped_pages(data: NDArray[np.uint8]) -> bool:
-    """Tell the system that these pages of a mapped file are not needed soon. False when no file is behind them."""
-    owner: Any = data
-    while isinstance(owner, np.ndarray | memoryview):
-        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
-    if not isinstance(owner, mmap.mmap):
-        return False
-    if hasattr(mmap, "MADV_DONTNEED"):
-        start = data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # pages that lie wholly within
-        length = (start + data.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        if length > 0:
-            owner.madvise(mmap.MADV_DONTNEED, first, length)
-    return True
