@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
+from puna.checkpoint.atomic import atomic_folder, atomic_path
 from puna.checkpoint.checkpoint import open_checkpoint, save_checkpoint
 from puna.errors import CheckpointError
 from puna.tensor import Weight
@@ -22,12 +23,13 @@ def convert(
     weight_type: str | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Read ``source`` and write ``destination``, which appears whole or not at all.
 
     Without ``format_name``, a destination ending in .gguf is GGUF, any other a safetensors folder. ``weight_type``
     re-encodes the matrices. ``progress`` is called with a tensor's name, how many came before it, and how many there
-    are in all.
+    are in all. ``check`` gets the finished file or folder before it takes its name; when it raises, nothing is left.
     Raises CheckpointError when the destination exists and ``overwrite`` is false.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
@@ -38,10 +40,19 @@ def convert(
     checkpoint = open_checkpoint(source)
     if progress:
         checkpoint = replace(checkpoint, tensors=_Watched(checkpoint.tensors, progress))
+
+    def write(place: Path) -> None:
+        save_checkpoint(checkpoint, place, format_name, weight_type)
+        if check:
+            check(place)
+
     if occupied and destination.is_dir():
-        _replace_folder(destination, lambda fresh: save_checkpoint(checkpoint, fresh, format_name, weight_type))
+        _replace_folder(destination, write)
+    elif check is None:
+        write(destination)
     else:
-        save_checkpoint(checkpoint, destination, format_name, weight_type)
+        with (atomic_path if format_name == "gguf" else atomic_folder)(destination) as place:
+            write(place)
 
 
 class _Watched(Mapping[str, Weight]):

@@ -13,7 +13,14 @@ from puna.errors import RequestError
 from puna.evaluate.probe import Probe
 from puna.evaluate.report import Divergence, ModelFacts, Report, TextFacts
 from puna.evaluate.samples import sample_text
-from puna.evaluate.sides import Side, check_comparable, template_differences, token_differences
+from puna.evaluate.sides import (
+    Side,
+    check_comparable,
+    template_differences,
+    tensor_types,
+    token_differences,
+    total_bytes,
+)
 from puna.evaluate.statistics import LayerErrors, Predictions, compare_logits, perplexity, quantiles
 from puna.evaluate.tape import Tape
 from puna.ops.protocol import Ops
@@ -117,8 +124,8 @@ def _facts(side: Side, measured_perplexity: float, speed: float) -> ModelFacts:
     return ModelFacts(
         name=side.name,
         identity=side.identity,
-        types=side.types,
-        bytes=side.bytes,
+        types=tensor_types(side.checkpoint),
+        bytes=total_bytes(side.checkpoint),
         bits_per_weight=side.bits_per_weight,
         perplexity=measured_perplexity,
         decode_tokens_per_second=speed,

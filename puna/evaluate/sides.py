@@ -41,17 +41,8 @@ class Side:
         return model_identity(self.found)
 
     @property
-    def types(self) -> dict[str, int]:
-        """How many tensors have which encoding, the most frequent first."""
-        return dict(Counter(weight.type.name for weight in self.checkpoint.tensors.values()).most_common())
-
-    @property
-    def bytes(self) -> int:
-        return sum(weight.nbytes for weight in self.checkpoint.tensors.values())
-
-    @property
     def bits_per_weight(self) -> float:
-        return 8 * self.bytes / parameter_count(self.checkpoint.config)
+        return 8 * total_bytes(self.checkpoint) / parameter_count(self.checkpoint.config)
 
     def prompts(self) -> Iterator[str]:
         """Each sample conversation as the model's template writes it, or why it doesn't."""
@@ -67,6 +58,16 @@ class Side:
                 yield template.render(messages, tools=tools)
             except TemplateError as error:
                 yield f"no prompt: {error}"
+
+
+def tensor_types(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many tensors have which encoding, the most frequent first."""
+    return dict(Counter(weight.type.name for weight in checkpoint.tensors.values()).most_common())
+
+
+def total_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors as they are encoded."""
+    return sum(weight.nbytes for weight in checkpoint.tensors.values())
 
 
 def check_comparable(a: Side, b: Side) -> None:

@@ -1,0 +1,93 @@
+"""Where reports are kept: in the manifest of a stored model, beside the file or folder of any other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from puna.checkpoint import Checkpoint
+from puna.checkpoint.atomic import atomic_path
+from puna.errors import PunaError, StoreError
+from puna.evaluate.report import Report
+from puna.evaluate.sides import tensor_types, total_bytes
+from puna.store import ResolvedModel, Store
+
+SUFFIX = ".report.json"
+
+
+def report_beside(path: Path) -> Path:
+    """Where the report of a model outside the store lies, or would."""
+    path = path.absolute()
+    return path.with_name(path.name + SUFFIX)
+
+
+def save_report(report: Report, path: Path) -> Path:
+    """Write the report of the file or folder at ``path`` beside it. Raises CheckpointError when the disk refuses."""
+    place = report_beside(path)
+    with atomic_path(place) as fresh:
+        fresh.write_text(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return place
+
+
+def load_report(found: ResolvedModel, checkpoint: Checkpoint) -> Report | None:
+    """The report of a model; None where there is none, or where it is of other weights than are there now.
+
+    Raises StoreError when it is damaged.
+    """
+    if found.manifest is not None:
+        raw = found.manifest.report
+        report = None if raw is None else Report.from_json(raw, f"the manifest of {found.manifest.model_name}")
+    else:
+        report = _read(report_beside(found.path))
+    if report is None or (report.derived.bytes, report.derived.types) != (
+        total_bytes(checkpoint),
+        tensor_types(checkpoint),
+    ):
+        return None
+    return report
+
+
+def siblings(report: Report, folder: Path, store: Store | None = None) -> list[Report]:
+    """This report, and those of other models made of the same source, measured on the same text.
+
+    They come from the store and from beside the files in ``folder``; a damaged one is passed over.
+    """
+    same = {
+        (other.derived.identity, other.derived.name): other
+        for other in (*_stored(store or Store()), *_in(folder))
+        if other.source.identity == report.source.identity and other.text == report.text
+    }
+    same.pop((report.derived.identity, report.derived.name), None)
+    return [report, *same.values()]
+
+
+def _stored(store: Store) -> Iterator[Report]:
+    for manifest in store.models():
+        if manifest.report is not None:
+            try:
+                yield Report.from_json(manifest.report, str(manifest.model_name))
+            except StoreError:
+                continue
+
+
+def _in(folder: Path) -> Iterator[Report]:
+    for path in sorted(folder.glob("*" + SUFFIX)):
+        try:
+            report = _read(path)
+        except PunaError:
+            continue
+        if report is not None:
+            yield report
+
+
+def _read(path: Path) -> Report | None:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise StoreError(f"{path} is not valid JSON; measure the model again") from None
+    return Report.from_json(raw, str(path))
