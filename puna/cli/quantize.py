@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from puna.cli.fidelity import html_option, keep_report, make_review, report_options
 from puna.cli.options import json_option, parse_size, threads_option
 from puna.cli.progress import human_bytes
 
@@ -31,7 +32,11 @@ def _parse_fit(context: click.Context, parameter: click.Parameter, value: str | 
 )
 @click.option("--keep-head", "head", metavar="TYPE", help="Set the type of the head (the embedding, where tied).")
 @click.option("--requantize", is_flag=True, help="Accept a SOURCE that is quantized already, and its further loss.")
-@click.option("--force", is_flag=True, help="Replace the destination if it exists.")
+@click.option(
+    "--force", is_flag=True, help="Replace the destination if it exists; keep the result whatever its report says."
+)
+@report_options(default=True)
+@html_option
 @threads_option
 @json_option
 def quantize(
@@ -47,6 +52,9 @@ def quantize(
     head: str | None,
     requantize: bool,
     force: bool,
+    report: bool,
+    max_drift: float | None,
+    html: Path | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -81,9 +89,16 @@ def quantize(
         def on_progress(what: str, done: int, total: int) -> None:
             bars.update(task, description=what, completed=done, total=total)
 
-        result = quantize_model(source, destination, settings, threads, on_progress)
+        review = None
+        if report:
+            review = make_review(
+                source, destination, force=force, max_drift=max_drift, threads=threads, progress=on_progress
+            )
+        result = quantize_model(source, destination, settings, threads, on_progress, check=review)
+    kept = keep_report(review, destination, html)
     if as_json:
-        click.echo(json.dumps(result.as_json(), indent=2))
+        facts = {"report": kept.as_json() if kept else None}
+        click.echo(json.dumps(result.as_json() | facts, indent=2, ensure_ascii=False))
         return
     for note in result.notes:
         click.echo(f"Note: {note}", err=True)

@@ -23,6 +23,7 @@ from puna.evaluate.sides import (
 )
 from puna.evaluate.statistics import LayerErrors, Predictions, compare_logits, perplexity, quantiles
 from puna.evaluate.tape import Tape
+from puna.llm.identity import model_identity
 from puna.ops.protocol import Ops
 from puna.tokenizer import Tokenizer
 
@@ -77,6 +78,7 @@ def compare(
     joined = Predictions.join(predictions)
     return Report(
         created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        source_identity=model_identity(source.found),
         source=_facts(source, perplexity(joined.source_nll), speeds[0]),
         derived=_facts(derived, perplexity(joined.derived_nll), speeds[1]),
         text=TextFacts(name, sha256(content.encode()).hexdigest(), len(cut), len(cut[0]), len(joined.kl)),
@@ -123,7 +125,6 @@ def _read(text: Path | None) -> tuple[str, str]:
 def _facts(side: Side, measured_perplexity: float, speed: float) -> ModelFacts:
     return ModelFacts(
         name=side.name,
-        identity=side.identity,
         types=tensor_types(side.checkpoint),
         bytes=total_bytes(side.checkpoint),
         bits_per_weight=side.bits_per_weight,

@@ -14,11 +14,9 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """One of the two models. ``identity`` differs where the weights do; ``types`` are numbers of tensors by encoding;
-    ``bytes`` are those of all tensors."""
+    """One of the two models. ``types`` are numbers of tensors by encoding, ``bytes`` those of all tensors."""
 
     name: str
-    identity: str
     types: Mapping[str, int]
     bytes: int
     bits_per_weight: float
@@ -50,7 +48,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Report:
-    """A derived model beside its source.
+    """A derived model beside its source, whose ``source_identity`` differs where its weights do.
 
     ``token_ids`` and ``template`` say, in sentences, where sample texts become other ids and sample conversations other
     prompts; none where all are the same. ``top1_agreement`` is the share of places with the same most probable token.
@@ -59,6 +57,7 @@ class Report:
     """
 
     created: str
+    source_identity: str
     source: ModelFacts
     derived: ModelFacts
     text: TextFacts
@@ -82,6 +81,7 @@ class Report:
         kl = reader.object(facts["kl"], Divergence, "kl")
         return cls(
             created=reader.text(facts["created"], "created"),
+            source_identity=reader.text(facts["source_identity"], "source_identity"),
             source=reader.model(facts["source"], "source"),
             derived=reader.model(facts["derived"], "derived"),
             text=reader.text_facts(facts["text"]),
@@ -119,7 +119,6 @@ class _Reader:
         self.check(isinstance(types, dict), f"{key}.types")
         return ModelFacts(
             name=self.text(facts["name"], f"{key}.name"),
-            identity=self.text(facts["identity"], f"{key}.identity"),
             types={name: self.count(count, f"{key}.types") for name, count in types.items()},
             bytes=self.count(facts["bytes"], f"{key}.bytes"),
             bits_per_weight=self.number(facts["bits_per_weight"], f"{key}.bits_per_weight"),

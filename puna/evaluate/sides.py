@@ -11,7 +11,6 @@ from puna.chat.go_template import chat_template
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.evaluate.samples import CONVERSATIONS, TEXTS
-from puna.llm.identity import model_identity
 from puna.model.shapes import parameter_count
 from puna.store import ResolvedModel
 from puna.tokenizer import Tokenizer
@@ -35,10 +34,6 @@ class Side:
         if checkpoint.tokenizer is None:
             raise TokenizerError(f"{name} has no tokenizer to compare it with; put it beside the weights")
         return cls(name, found, checkpoint, checkpoint.tokenizer)
-
-    @property
-    def identity(self) -> str:
-        return model_identity(self.found)
 
     @property
     def bits_per_weight(self) -> float:

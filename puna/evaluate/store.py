@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePath
 
 from puna.checkpoint import Checkpoint
 from puna.checkpoint.atomic import atomic_path
-from puna.errors import PunaError, StoreError
+from puna.errors import StoreError
 from puna.evaluate.report import Report
 from puna.evaluate.sides import tensor_types, total_bytes
 from puna.store import ResolvedModel, Store
@@ -30,36 +32,49 @@ def save_report(report: Report, path: Path) -> Path:
     return place
 
 
+def forget_report(path: Path) -> None:
+    """Remove the report of what was at ``path`` before."""
+    with suppress(OSError):
+        report_beside(path).unlink()
+
+
 def load_report(found: ResolvedModel, checkpoint: Checkpoint) -> Report | None:
     """The report of a model; None where there is none, or where it is of other weights than are there now.
 
-    Raises StoreError when it is damaged.
+    A damaged one is none, with a warning.
     """
-    if found.manifest is not None:
-        raw = found.manifest.report
-        report = None if raw is None else Report.from_json(raw, f"the manifest of {found.manifest.model_name}")
-    else:
-        report = _read(report_beside(found.path))
-    if report is None or (report.derived.bytes, report.derived.types) != (
-        total_bytes(checkpoint),
-        tensor_types(checkpoint),
-    ):
+    manifest = found.manifest
+    try:
+        if manifest is None:
+            report = _read(report_beside(found.path))
+        elif manifest.report is None:
+            report = None
+        else:
+            report = Report.from_json(manifest.report, f"the manifest of {manifest.model_name}")
+    except StoreError as error:
+        warnings.warn(str(error), stacklevel=2)
         return None
-    return report
+    here = total_bytes(checkpoint), tensor_types(checkpoint)
+    return report if report and (report.derived.bytes, report.derived.types) == here else None
 
 
 def siblings(report: Report, folder: Path, store: Store | None = None) -> list[Report]:
-    """This report, and those of other models made of the same source, measured on the same text.
+    """The reports of other models made of the same source, measured on the same text.
 
     They come from the store and from beside the files in ``folder``; a damaged one is passed over.
     """
     same = {
-        (other.derived.identity, other.derived.name): other
+        _key(other): other
         for other in (*_stored(store or Store()), *_in(folder))
-        if other.source.identity == report.source.identity and other.text == report.text
+        if other.source_identity == report.source_identity and other.text == report.text
     }
-    same.pop((report.derived.identity, report.derived.name), None)
-    return [report, *same.values()]
+    same.pop(_key(report), None)
+    return list(same.values())
+
+
+def _key(report: Report) -> tuple[str, int]:
+    """Equal for the report of a file and that of the stored model it became."""
+    return PurePath(report.derived.name).name, report.derived.bytes
 
 
 def _stored(store: Store) -> Iterator[Report]:
@@ -75,7 +90,7 @@ def _in(folder: Path) -> Iterator[Report]:
     for path in sorted(folder.glob("*" + SUFFIX)):
         try:
             report = _read(path)
-        except PunaError:
+        except StoreError:
             continue
         if report is not None:
             yield report

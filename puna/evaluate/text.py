@@ -27,7 +27,8 @@ def report_lines(report: Report) -> Iterator[str]:
         worst = max(range(len(report.layer_errors)), key=report.layer_errors.__getitem__)
         last = f"{report.layer_errors[-1]:.4f} after the last"
         yield _row("error of states", f"{report.layer_errors[0]:.4f} after layer 1", last)
-        yield _row("", f"{report.layer_errors[worst]:.4f} after layer {worst + 1}, the most")
+        if 0 < worst < len(report.layer_errors) - 1:
+            yield _row("", f"{report.layer_errors[worst]:.4f} after layer {worst + 1}, the most")
     yield _row("token ids", f"the same in {len(TEXTS)} texts" if not report.token_ids else "DIFFERENT")
     yield from (f"  {sentence}" for sentence in report.token_ids)
     yield _row("prompts", f"the same in {len(CONVERSATIONS)} conversations" if not report.template else "DIFFERENT")
