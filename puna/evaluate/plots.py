@@ -61,7 +61,7 @@ def plot(
     if line:
         path = " ".join(f"{x.place(point.x):.1f},{y.place(point.y):.1f}" for point in line)
         parts.append(f'<polyline class="line" points="{path}"/>')
-    for point in points:
+    for point in sorted(points, key=lambda point: point.marked):
         at_x, at_y = x.place(point.x), y.place(point.y)
         parts.append(f'<circle class="{"marked" if point.marked else "dot"}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="4"/>')
         if point.label:
