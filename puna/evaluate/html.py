@@ -75,7 +75,7 @@ def _predictions(report: Report) -> str:
 
 def _quantiles(report: Report) -> str:
     values = report.kl.quantiles
-    points = [Point(100 * number / max(len(values) - 1, 1), value) for number, value in enumerate(values)]
+    points = [Point(100 * number / (len(values) - 1), value) for number, value in enumerate(values)]
     return plot((), "% of tokens below", "KL divergence, nats", logarithmic=True, line=points)
 
 

@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 44
-FLOOR = 1e-7  # the least that a logarithmic axis shows
+FLOOR = 1e-7  # less is drawn as if it were this, or 0
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,8 @@ def _axis_of(values: Sequence[float], start: float, end: float) -> _Axis:
 
 
 def _y_axis(values: Sequence[float], logarithmic: bool) -> _Axis:
-    high = max(values)
     if not logarithmic:
-        return _Axis(0.0, 1.1 * high or 1.0, HEIGHT - BOTTOM, TOP)
+        return _Axis(0.0, 1.1 * max(values) if max(values) > FLOOR else 1.0, HEIGHT - BOTTOM, TOP)
     powers = [math.log10(max(value, FLOOR)) for value in values]
     low_power = math.floor(min(powers))
     high_power = max(math.ceil(max(powers)), low_power + 1)

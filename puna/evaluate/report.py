@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from puna.errors import StoreError
+from puna.evaluate.statistics import QUANTILES
 
 SCHEMA = 1
 
@@ -92,7 +92,7 @@ class Report:
                 median=reader.number(kl["median"], "kl.median"),
                 p99=reader.number(kl["p99"], "kl.p99"),
                 max=reader.number(kl["max"], "kl.max"),
-                quantiles=reader.numbers(kl["quantiles"], "kl.quantiles"),
+                quantiles=reader.numbers(kl["quantiles"], "kl.quantiles", QUANTILES),
             ),
             top1_agreement=reader.number(facts["top1_agreement"], "top1_agreement"),
             layer_errors=reader.numbers(facts["layer_errors"], "layer_errors"),
@@ -121,9 +121,11 @@ class _Reader:
             name=self.text(facts["name"], f"{key}.name"),
             types={name: self.count(count, f"{key}.types") for name, count in types.items()},
             bytes=self.count(facts["bytes"], f"{key}.bytes"),
-            bits_per_weight=self.number(facts["bits_per_weight"], f"{key}.bits_per_weight"),
-            perplexity=self.number(facts["perplexity"], f"{key}.perplexity"),
-            decode_tokens_per_second=self.number(facts["decode_tokens_per_second"], f"{key}.decode_tokens_per_second"),
+            bits_per_weight=self.positive(facts["bits_per_weight"], f"{key}.bits_per_weight"),
+            perplexity=self.positive(facts["perplexity"], f"{key}.perplexity"),
+            decode_tokens_per_second=self.positive(
+                facts["decode_tokens_per_second"], f"{key}.decode_tokens_per_second"
+            ),
         )
 
     def text_facts(self, raw: Any) -> TextFacts:
@@ -145,14 +147,18 @@ class _Reader:
         return [self.text(item, key) for item in raw]
 
     def count(self, raw: Any, key: str) -> int:
-        self.check(isinstance(raw, int) and not isinstance(raw, bool) and raw >= 0, key)
+        self.check(isinstance(raw, int) and not isinstance(raw, bool) and 0 < raw < 1 << 63, key)
         return int(raw)
 
     def number(self, raw: Any, key: str) -> float:
-        good = isinstance(raw, (int, float)) and not isinstance(raw, bool) and abs(raw) <= 1e300 and math.isfinite(raw)
-        self.check(good, key)
+        """From 0 on; a NaN is not."""
+        self.check(isinstance(raw, (int, float)) and not isinstance(raw, bool) and 0 <= raw <= 1e300, key)
         return float(raw)
 
-    def numbers(self, raw: Any, key: str) -> list[float]:
-        self.check(isinstance(raw, list), key)
+    def positive(self, raw: Any, key: str) -> float:
+        self.check(self.number(raw, key) > 0, key)
+        return float(raw)
+
+    def numbers(self, raw: Any, key: str, count: int | None = None) -> list[float]:
+        self.check(isinstance(raw, list) and count in (None, len(raw)), key)
         return [self.number(item, key) for item in raw]
