@@ -2,8 +2,8 @@
 
 Usage: python -m bench.quantize SOURCE.gguf [--type Q4_K_M] [--threads N] [--runs N]
 ``puna quantize`` and ``llama-quantize`` run in turn on the same file, each as a program of its own, and write to the
-same folder; the source is read once before, so that it is in the system's page cache for both. Peak memory is the kernel's
-figure (ru_maxrss), which counts mapped file pages. Prints a table of the fastest runs, then one JSON line.
+same folder; the source is read once before, so that it is in the system's page cache for both. Peak memory is the
+kernel's figure (ru_maxrss), which counts mapped file pages. Prints a table of the fastest runs, then one JSON line.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 Usage: python -m bench.quantize_table [MODEL] [--data FOLDER] [--folder FOLDER] [--windows N] [--calibration N]
                                       [--llama-cpp] [--types T …]
 MODEL (the stored smollm2) is taken as F16. Each type is made twice, without and with an importance matrix from N
-windows of WikiText-2's training text, and run by Puna on N windows of 512 tokens of its validation text. Perplexity is over the
-second half of each window, as llama-perplexity has it; KL is the mean over all tokens, in nats, to the F16 model.
-``--llama-cpp`` adds the perplexity of the file that llama-quantize makes, run by Puna, and the perplexity of Puna's
-file, run by llama-perplexity. Files and figures stay in FOLDER and are not made again; speed is always measured anew.
+windows of WikiText-2's training text, and run by Puna on N windows of 512 tokens of its validation text. Perplexity is
+over the second half of each window, as llama-perplexity has it; KL is the mean over all tokens, in nats, to the F16
+model. ``--llama-cpp`` adds the perplexity of the file that llama-quantize makes, run by Puna, and the perplexity of
+Puna's file, run by llama-perplexity. Files and figures stay in FOLDER and are not made again; speed is always measured
+anew.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from puna.cli.llama_cpp import find_program
 from puna.model.model import Model
 from puna.ops.registry import make_ops
 from puna.quantize import QuantizeSettings, quantize
-from puna.quantize.calibration import Windows, divergence, log_probabilities, read_windows
+from puna.quantize.calibration import Windows, divergence, log_probabilities, measure_importance, read_windows
+from puna.quantize.imatrix import write_imatrix
 from puna.quantize.mix import MIXES
 from puna.store import resolve
 
@@ -99,9 +101,6 @@ def main() -> None:
     checkpoint = open_checkpoint(source)
     text, training = (args.data / "text" / name for name in ("wikitext2-valid.txt", "wikitext2_train_5k.txt"))
     if not imatrix.exists():
-        from puna.quantize.calibration import measure_importance
-        from puna.quantize.imatrix import write_imatrix
-
         windows = read_windows(checkpoint, training, args.calibration)
         write_imatrix(imatrix, measure_importance(checkpoint, make_ops(), windows, training.name))
     table = Table(args.folder, source, read_windows(checkpoint, text, args.windows), text)

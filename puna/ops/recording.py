@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puna.config import ModelConfig
+from puna.errors import RequestError
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow, UploadedChange, UploadedWeight
 from puna.tensor import LowRank, Weight
 
@@ -34,19 +35,24 @@ class RecordingOps:
         self._names[id(uploaded)] = (weight.name, uploaded)
         return uploaded
 
+    def compiled(self, forward: Callable[[Ops, Batch, KVCache], Array]) -> Callable[[Batch, KVCache], Array]:
+        """The plain Python forward: what is compiled shows nothing. Raises RequestError for a batch with adapters."""
+
+        def run(batch: Batch, kv: KVCache) -> Array:
+            if batch.adapters is not None:
+                raise RequestError("what a model with an adapter reads cannot be recorded; leave the adapter out")
+            return forward(self, batch, kv)
+
+        return run
+
     def low_rank(self, change: LowRank) -> UploadedChange:
         return self._ops.low_rank(change)
 
     def adapted(self, weight: UploadedWeight, changes: Sequence[UploadedChange | None]) -> UploadedWeight:
-        """An adapted matrix is known by the name of the bare one."""
         adapted = self._ops.adapted(weight, changes)
         if id(weight) in self._names:
             self._names[id(adapted)] = (self._names[id(weight)][0], adapted)
         return adapted
-
-    def compiled(self, forward: Callable[[Ops, Batch, KVCache], Array]) -> Callable[[Batch, KVCache], Array]:
-        """The plain Python forward: what is compiled shows nothing."""
-        return lambda batch, kv: forward(self, batch, kv)
 
     def linear(
         self, x: Array, w: UploadedWeight, bias: UploadedWeight | None = None, residual: Array | None = None

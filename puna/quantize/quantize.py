@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from puna import __version__
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.checkpoint.gguf import GGUFTensors, gguf_contents
 from puna.checkpoint.gguf_writer import FILE_TYPES, gguf_layout, tensor_bytes
@@ -22,7 +23,7 @@ from puna.ops.registry import make_ops
 from puna.quantize.calibration import Progress, Windows, measure_importance, read_windows
 from puna.quantize.encoding import encode_pieces, encoder
 from puna.quantize.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
-from puna.quantize.mix import Overrides, TensorPlan, check_plan_changes, file_type, mix_name, plan_mix
+from puna.quantize.mix import Overrides, TensorPlan, check_plan_changes, file_type, mix_name, plan_mix, plan_types
 from puna.quantize.part_file import PartFile
 from puna.quantize.search import Search, plan_within, plan_within_divergence
 from puna.store import resolve
@@ -108,15 +109,21 @@ def quantize(
     checkpoint = open_checkpoint(found.path)
     ops = make_ops(None, threads)
     metadata, tensors = gguf_contents(checkpoint)
+    has_importance = bool(settings.imatrix or settings.calibrate)
+    plans: list[TensorPlan] = []
+    divergence: float | None = None
+    if mix is not None:
+        plans = plan_mix(mix, checkpoint.config, tensors.shapes, overrides, has_importance=has_importance)
+    if not settings.requantize:
+        # A mix to be measured may give a tensor any type, so nothing may be quantized already: hence F32.
+        intended = plans or plan_types(dict.fromkeys(tensors.shapes, quant_type("F32")), tensors.shapes, Overrides())
+        check_plan_changes(intended, {name: tensors.type(name) for name in tensors.shapes}, str(found.path))
     windows = read_windows(checkpoint, settings.calibrate) if settings.calibrate else None
     importance = _importance(checkpoint, ops, settings, windows, progress)
     if importance is not None:
         _check_names(importance, tensors, settings)
         metadata |= _imatrix_metadata(importance, settings)
-    divergence = None
-    if mix is not None:
-        plans = plan_mix(mix, checkpoint.config, tensors.shapes, overrides, has_importance=importance is not None)
-    else:
+    if mix is None:
         assert windows is not None
         search = Search(checkpoint, tensors, ops, encoder(ops), importance, overrides, windows, progress)
         if settings.fit is not None:
@@ -125,10 +132,8 @@ def quantize(
         else:
             assert settings.max_kl is not None
             plans, divergence = plan_within_divergence(search, settings.max_kl)
-    if not settings.requantize:
-        check_plan_changes(plans, {plan.name: tensors.type(plan.name) for plan in plans}, str(found.path))
     metadata |= {"general.file_type": file_type(mix) if mix else _most_common(plans), "general.quantization_version": 2}
-    identity = f"{model_identity(found)} {_digest(importance)}"
+    identity = f"{__version__} {model_identity(found)} {_digest(importance)}"
     size, continued = _write(
         destination, identity, metadata, tensors, plans, ops, importance, progress, check, str(found.path)
     )

@@ -127,6 +127,8 @@ def test_what_is_quantized_already_is_refused_unless_asked_for(source: Path, tmp
     quantize(source, tmp_path / "q8.gguf", QuantizeSettings(mix="Q8_0"))
     with pytest.raises(CheckpointError, match=r"q8\.gguf is quantized already .* as Q8_0.* --requantize"):
         quantize(tmp_path / "q8.gguf", out(tmp_path), Q4_0)
+    with pytest.raises(CheckpointError, match="is quantized already"):
+        quantize(tmp_path / "q8.gguf", out(tmp_path), QuantizeSettings(fit=10**9, calibrate=Path("absent")))
     assert not list(out(tmp_path).parent.iterdir())
     quantize(tmp_path / "q8.gguf", out(tmp_path), replace(Q4_0, requantize=True))
     again = tmp_path / "again.gguf"
