@@ -54,7 +54,10 @@ class QuantizeSettings:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written. ``divergence`` is the mean KL to the source on the calibration text, where it was measured."""
+    """What was written, in ``seconds`` without the check.
+
+    ``divergence`` is the mean KL to the source on the calibration text, where it was measured.
+    """
 
     path: Path
     plans: Sequence[TensorPlan]
@@ -134,11 +137,10 @@ def quantize(
             plans, divergence = plan_within_divergence(search, settings.max_kl)
     metadata |= {"general.file_type": file_type(mix) if mix else _most_common(plans), "general.quantization_version": 2}
     identity = f"{__version__} {model_identity(found)} {_digest(importance)}"
-    size, continued = _write(
+    size, continued, finished = _write(
         destination, identity, metadata, tensors, plans, ops, importance, progress, check, str(found.path)
     )
-    seconds = time.monotonic() - began
-    return Quantized(destination, plans, size, seconds, continued, divergence, _notes(plans, importance))
+    return Quantized(destination, plans, size, finished - began, continued, divergence, _notes(plans, importance))
 
 
 def _check(settings: QuantizeSettings) -> tuple[str | None, Overrides]:
@@ -208,8 +210,11 @@ def _write(
     progress: Progress | None,
     check: Callable[[Path], None] | None,
     source: str,
-) -> tuple[int, int]:
-    """Encode and write everything; returns the file's bytes and how many tensors an earlier run had finished."""
+) -> tuple[int, int, float]:
+    """Encode and write everything.
+
+    Returns the file's bytes, how many tensors an earlier run had finished, and when (monotonic) all of them were.
+    """
     header, starts, size = gguf_layout(metadata, {plan.name: (plan.shape, plan.type) for plan in plans})
     encode = encoder(ops)
     continued = 0
@@ -239,12 +244,13 @@ def _write(
                     ) from None
                 assert written == length, f"{plan.name}: {written} bytes written, {length} expected"
                 drop_mapped_pages(weight.data)
+            finished = time.monotonic()
             if check:
                 check(part.path)
             part.finish()
     except OSError as error:
         raise CheckpointError(f"cannot write {destination}: {error}") from error
-    return size, continued
+    return size, continued, finished
 
 
 def _overhead(metadata: dict[str, Any], tensors: GGUFTensors) -> int:
