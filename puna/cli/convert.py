@@ -58,11 +58,16 @@ def convert(
         def on_tensor(name: str, done: int, total: int) -> None:
             on_progress(name, done + 1, total)
 
-        review = None
-        if report:
-            review = make_review(
-                source, destination, force=force, max_drift=max_drift, threads=threads, progress=on_progress
-            )
+        review = make_review(
+            source,
+            destination,
+            report=report,
+            html=html,
+            force=force,
+            max_drift=max_drift,
+            threads=threads,
+            progress=on_progress,
+        )
         convert_checkpoint(path, destination, format_name, weight_type, on_tensor, force, check=review)
     click.echo(f"wrote {destination}", err=True)
     keep_report(review, destination, html)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from puna.errors import RequestError
+
 if TYPE_CHECKING:
     from puna.evaluate import Report
     from puna.evaluate.review import Review
@@ -46,12 +48,22 @@ def make_review(
     source: str,
     destination: Path,
     *,
+    report: bool,
+    html: Path | None,
     force: bool,
     max_drift: float | None,
     threads: int | None,
     progress: Progress,
 ) -> Review | None:
-    """The review of what will lie at ``destination``; None, with a note, where the source can't be run here."""
+    """The review of what will lie at ``destination``.
+
+    None where no report is wanted, and, with a note, where the source can't be run here. Raises RequestError for options
+    that need a report.
+    """
+    if not report:
+        if html is not None or max_drift is not None:
+            raise RequestError("--html and --max-drift are for the report; add --report")
+        return None
     from puna.evaluate.review import Review, obstacle
     from puna.evaluate.sides import Side
     from puna.ops.registry import make_ops

@@ -89,11 +89,16 @@ def quantize(
         def on_progress(what: str, done: int, total: int) -> None:
             bars.update(task, description=what, completed=done, total=total)
 
-        review = None
-        if report:
-            review = make_review(
-                source, destination, force=force, max_drift=max_drift, threads=threads, progress=on_progress
-            )
+        review = make_review(
+            source,
+            destination,
+            report=report,
+            html=html,
+            force=force,
+            max_drift=max_drift,
+            threads=threads,
+            progress=on_progress,
+        )
         result = quantize_model(source, destination, settings, threads, on_progress, check=review)
     kept = keep_report(review, destination, html)
     if as_json:

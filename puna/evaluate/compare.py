@@ -30,6 +30,7 @@ from puna.tokenizer import Tokenizer
 WINDOW = 512
 MIN_TOKENS = 64
 DECODE_PROMPT = 32
+CHARACTERS = 16  # more than a token of prose has in any vocabulary
 
 Progress = Callable[[str, int, int], None]
 Windows = list[list[int]]
@@ -48,7 +49,7 @@ def compare(
     """
     tell = progress or (lambda *_: None)
     check_comparable(source, derived)
-    name, content = _read(text)
+    name, content = _read(text, CHARACTERS * WINDOW * windows)
     context = min(side.checkpoint.config.max_position_embeddings for side in (source, derived))
     cut = cut_windows(source.tokenizer, content, min(WINDOW, context), windows, name)
     first = len(cut[0]) // 2
@@ -112,12 +113,13 @@ def cut_windows(tokenizer: Tokenizer, text: str, size: int, limit: int, name: st
     return windows
 
 
-def _read(text: Path | None) -> tuple[str, str]:
-    """A text's name and contents."""
+def _read(text: Path | None, length: int) -> tuple[str, str]:
+    """A text's name and its first ``length`` characters."""
     if text is None:
-        return "Puna's sample text", sample_text()
+        return "Puna's sample text", sample_text()[:length]
     try:
-        return text.name, text.expanduser().read_text(encoding="utf-8")
+        with text.expanduser().open(encoding="utf-8") as file:
+            return text.name, file.read(length)
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read the text {text}: {error}") from None
 

@@ -14,7 +14,7 @@ from puna.checkpoint import Checkpoint
 from puna.errors import CheckpointError
 from puna.model.model import Model
 from puna.ops.protocol import Batch, Ops
-from puna.ops.recording import RecordingOps
+from puna.ops.recording import Observe, RecordingOps
 
 DECODE_TOKENS = 24
 
@@ -40,7 +40,7 @@ class Probe:
         self._name = name
         self._ops = ops
         self._states: list[NDArray[np.float32]] = []
-        self._recording = RecordingOps(ops, self._observe)
+        self._recording = RecordingOps(ops, _into(self._states))
         self._model = Model.bind(self._recording, checkpoint.config, checkpoint.tensors)
 
     def run(self, window: Sequence[int], first: int) -> Trace:
@@ -48,7 +48,7 @@ class Probe:
 
         Raises CheckpointError when it computes infinities or NaN.
         """
-        self._states = []
+        self._states.clear()
         tokens = window[:-1]
         kv = self._recording.new_kv(self._model.config, 1, len(tokens))
         scored = np.arange(first, len(tokens), dtype=np.int32)
@@ -71,9 +71,15 @@ class Probe:
             seconds.append(time.perf_counter() - began)
         return 1 / statistics.median(seconds)
 
-    def _observe(self, names: Sequence[str], x: NDArray[np.float32]) -> None:
+
+def _into(states: list[NDArray[np.float32]]) -> Observe:
+    """Collects what the layers after the first, and the head, read. It knows no probe, which so dies with its name."""
+
+    def observe(names: Sequence[str], x: NDArray[np.float32]) -> None:
         if any(name.endswith(_READS_STATE) and not name.startswith(_FIRST_LAYER) for name in names):
-            self._states.append(x.copy())
+            states.append(x.copy())
+
+    return observe
 
 
 def _batch(tokens: Sequence[int], start: int, logit_rows: NDArray[np.int32]) -> Batch:

@@ -40,6 +40,13 @@ def test_no_report(puna: Run, stories: Path, tmp_path: Path) -> None:
     assert not beside.exists()
 
 
+def test_options_of_a_report_need_one(puna: Run, stories: Path, tmp_path: Path) -> None:
+    for command in (("quantize", "q8.gguf", "--type", "Q8_0", "--no-report"), ("convert", "f16.gguf")):
+        done = puna(command[0], str(stories), str(tmp_path / command[1]), *command[2:], "--max-drift", "1")
+        assert (done.code, "add --report" in done.err) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_drift_is_refused_unless_forced(puna: Run, stories: Path, tmp_path: Path) -> None:
     arguments = ("quantize", str(stories), str(tmp_path / "q4.gguf"), "--type", "Q4_0", "--max-drift", "0.001")
     refused = puna(*arguments)

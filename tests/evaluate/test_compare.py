@@ -1,5 +1,6 @@
 """Comparisons of stories260K with changed copies of itself, whose differences are known beforehand."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from puna.checkpoint import Checkpoint
 from puna.errors import CheckpointError, RequestError, TokenizerError
 from puna.evaluate import Report, compare
 from puna.evaluate.limits import drift
+from puna.evaluate.probe import Probe
 from puna.evaluate.samples import sample_text
 from puna.evaluate.sides import Side
 from puna.llm import LLM
@@ -144,6 +146,15 @@ def test_the_limit_on_divergence(source: Side, ops: Ops) -> None:
     report = compare(source, wrong, ops, windows=1)
     assert any("diverge by" in reason for reason in drift(report))
     assert drift(report, max_divergence=100) == []
+
+
+def test_one_model_is_in_memory_at_a_time(source: Side, ops: Ops) -> None:
+    probe = Probe("stories", source.checkpoint, ops)
+    probe.run(list(range(10, 80)), 35)
+    probe.decode_speed([1, 2, 3])
+    gone = weakref.ref(probe)
+    del probe
+    assert gone() is None
 
 
 def test_what_cannot_be_compared(source: Side, ops: Ops, tmp_path: Path) -> None:
