@@ -57,8 +57,8 @@ def make_review(
 ) -> Review | None:
     """The review of what will lie at ``destination``.
 
-    None where no report is wanted, and, with a note, where the source can't be run here. Raises RequestError for options
-    that need a report.
+    None where no report is wanted, and, with a note, where the source can't be run here. Raises RequestError for
+    options that need a report.
     """
     if not report:
         if html is not None or max_drift is not None:
