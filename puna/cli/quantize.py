@@ -31,6 +31,15 @@ def _parse_fit(context: click.Context, parameter: click.Parameter, value: str | 
     "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Set the type of some tensors."
 )
 @click.option("--keep-head", "head", metavar="TYPE", help="Set the type of the head (the embedding, where tied).")
+@click.option(
+    "--group-size", type=int, default=128, show_default=True, help="INT4, GPTQ: columns of a scale; -1: a row."
+)
+@click.option("--symmetric", is_flag=True, help="INT4, GPTQ: no zero points.")
+@click.option(
+    "--layout",
+    type=click.Choice(["compressed-tensors", "gptq", "awq"]),
+    help="INT4, GPTQ, AWQ: whose layout the folder has (by default the method's own).",
+)
 @click.option("--requantize", is_flag=True, help="Accept a SOURCE that is quantized already, and its further loss.")
 @click.option(
     "--force", is_flag=True, help="Replace the destination if it exists; keep the result whatever its report says."
@@ -50,6 +59,9 @@ def quantize(
     save_imatrix: Path | None,
     tensor_types: tuple[str, ...],
     head: str | None,
+    group_size: int,
+    symmetric: bool,
+    layout: str | None,
     requantize: bool,
     force: bool,
     report: bool,
@@ -60,12 +72,13 @@ def quantize(
 ) -> None:
     """Quantize SOURCE (a stored model, .gguf file or checkpoint folder) to the file DESTINATION.gguf.
 
-    One of --type, --fit and --max-kl says how far. When it is cut off, the same command continues.
+    One of --type, --fit and --max-kl says how far. When it is cut off, the same command continues. With --type INT8,
+    INT4, NF4, FP8, GPTQ or AWQ, DESTINATION is a Hugging Face folder instead (docs/hf-quantized.md).
     """
     from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
 
-    from puna.quantize import QuantizeSettings
+    from puna.quantize import METHODS, FolderSettings, QuantizeSettings, quantize_to_folder
     from puna.quantize import quantize as quantize_model
 
     settings = QuantizeSettings(
@@ -99,11 +112,20 @@ def quantize(
             threads=threads,
             progress=on_progress,
         )
-        result = quantize_model(source, destination, settings, threads, on_progress, check=review)
+        result = None
+        if mix is not None and mix.lower() in METHODS:
+            if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
+                raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
+            folder = FolderSettings(mix.lower(), group_size, symmetric, layout=layout, requantize=requantize)
+            quantize_to_folder(source, destination, folder, calibrate, force, on_progress, check=review)
+        else:
+            result = quantize_model(source, destination, settings, threads, on_progress, check=review)
     kept = keep_report(review, destination, html)
     if as_json:
-        facts = {"report": kept.as_json() if kept else None}
-        click.echo(json.dumps(result.as_json() | facts, indent=2, ensure_ascii=False))
+        facts = result.as_json() if result else {"path": str(destination)}
+        click.echo(json.dumps(facts | {"report": kept.as_json() if kept else None}, indent=2, ensure_ascii=False))
+        return
+    if result is None:
         return
     for note in result.notes:
         click.echo(f"Note: {note}", err=True)

@@ -91,13 +91,14 @@ def hidden(ops: Ops, config: ModelConfig, weights: Weights, batch: Batch, kv: KV
     angles = ops.rope_angles(batch.positions, frequencies, scale)
     x = ops.embed(weights.embedding, batch.tokens)
     for layer, block in enumerate(weights.blocks):
-        x = _block(ops, config, block, x, angles, layer, batch, kv)
+        x = run_block(ops, config, block, x, angles, layer, batch, kv)
     return ops.rms_norm(x, weights.norm, config.rms_norm_eps)
 
 
-def _block(
+def run_block(
     ops: Ops, config: ModelConfig, w: Block, x: Array, angles: Array, layer: int, batch: Batch, kv: KVCache
 ) -> Array:
+    """One layer: hidden states [T, D] -> [T, D]; its keys and values are written to the cache."""
     h = ops.rms_norm(x, w.attention_norm, config.rms_norm_eps)
     q, k, v = ops.linears(h, (w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias))
     h = ops.attend(ops.rope(q, angles), ops.rope(k, angles), v, kv, layer, batch)

@@ -70,7 +70,7 @@ def measure_importance(
     for number, window in enumerate(windows):
         if progress:
             progress("calibrating", number, len(windows))
-        model.hidden(_one_sequence(window), recording.new_kv(checkpoint.config, 1, len(window)))
+        model.hidden(one_sequence(window), recording.new_kv(checkpoint.config, 1, len(window)))
     tokens = sum(map(len, windows))
     means = {gguf_name(name): (total / tokens).astype(np.float32) for name, total in sums.items()}
     return ImportanceMatrix(means, (dataset,), len(windows), len(windows[0]))
@@ -89,7 +89,8 @@ def divergence(reference: NDArray[np.float32], other: NDArray[np.float32]) -> fl
     return float((np.exp(reference) * (reference - other)).sum(axis=-1, dtype=np.float64).mean())
 
 
-def _one_sequence(window: Sequence[int]) -> Batch:
+def one_sequence(window: Sequence[int]) -> Batch:
+    """A window from its beginning, in a cache of one block that holds it all."""
     positions = np.arange(len(window), dtype=np.int32)
     return Batch(
         tokens=np.array(window, np.int32),
