@@ -19,7 +19,6 @@ from puna.evaluate.sides import (
     template_differences,
     tensor_types,
     token_differences,
-    total_bytes,
 )
 from puna.evaluate.statistics import LayerErrors, Predictions, compare_logits, perplexity, quantiles
 from puna.evaluate.tape import Tape
@@ -128,7 +127,7 @@ def _facts(side: Side, measured_perplexity: float, speed: float) -> ModelFacts:
     return ModelFacts(
         name=side.name,
         types=tensor_types(side.checkpoint),
-        bytes=total_bytes(side.checkpoint),
+        bytes=side.bytes,
         bits_per_weight=side.bits_per_weight,
         perplexity=measured_perplexity,
         decode_tokens_per_second=speed,

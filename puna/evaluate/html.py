@@ -90,7 +90,7 @@ def _sizes(reports: Sequence[Report]) -> str:
 
     points = [point(report, PurePath(report.derived.name).name, marked=report is reports[0]) for report in reports]
     line = [point(report) for report in pareto(reports)]
-    return plot(points, "size of tensors, MB", "mean KL divergence, nats", logarithmic=True, line=line)
+    return plot(points, "size of weights, MB", "mean KL divergence, nats", logarithmic=True, line=line)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

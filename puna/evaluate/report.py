@@ -14,7 +14,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """One of the two models. ``types`` are numbers of tensors by encoding, ``bytes`` those of all tensors."""
+    """One of the two models. ``types`` are numbers of tensors by the encoding they are computed with in, ``bytes`` what
+    all take on disk."""
 
     name: str
     types: Mapping[str, int]

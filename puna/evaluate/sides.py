@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from puna.chat.builtin import builtin_template
 from puna.chat.go_template import chat_template
@@ -36,8 +37,12 @@ class Side:
         return cls(name, found, checkpoint, checkpoint.tokenizer)
 
     @property
+    def bytes(self) -> int:
+        return stored_bytes(self.found.path, self.checkpoint)
+
+    @property
     def bits_per_weight(self) -> float:
-        return 8 * total_bytes(self.checkpoint) / parameter_count(self.checkpoint.config)
+        return 8 * self.bytes / parameter_count(self.checkpoint.config)
 
     def prompts(self) -> Iterator[str]:
         """Each sample conversation as the model's template writes it, or why it doesn't."""
@@ -56,12 +61,19 @@ class Side:
 
 
 def tensor_types(checkpoint: Checkpoint) -> dict[str, int]:
-    """How many tensors have which encoding, the most frequent first."""
+    """How many tensors are computed with in which encoding, the most frequent first."""
     return dict(Counter(weight.type.name for weight in checkpoint.tensors.values()).most_common())
 
 
-def total_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of all tensors as they are encoded."""
+def stored_bytes(path: Path, checkpoint: Checkpoint) -> int:
+    """Bytes that the weights take on disk: of a GGUF file the tensors, of a folder the files that hold them.
+
+    A quantized folder's tensors may take more in memory.
+    """
+    for suffix in (".safetensors", ".pth"):
+        files = [path] if path.suffix == suffix else list(path.glob("*" + suffix))
+        if files:
+            return sum(file.stat().st_size for file in files)
     return sum(weight.nbytes for weight in checkpoint.tensors.values())
 
 

@@ -12,7 +12,7 @@ from puna.checkpoint import Checkpoint
 from puna.checkpoint.atomic import atomic_path
 from puna.errors import StoreError
 from puna.evaluate.report import Report
-from puna.evaluate.sides import tensor_types, total_bytes
+from puna.evaluate.sides import stored_bytes, tensor_types
 from puna.store import ResolvedModel, Store
 
 SUFFIX = ".report.json"
@@ -54,7 +54,7 @@ def load_report(found: ResolvedModel, checkpoint: Checkpoint) -> Report | None:
     except StoreError as error:
         warnings.warn(str(error), stacklevel=2)
         return None
-    here = total_bytes(checkpoint), tensor_types(checkpoint)
+    here = stored_bytes(found.path, checkpoint), tensor_types(checkpoint)
     return report if report and (report.derived.bytes, report.derived.types) == here else None
 
 

@@ -37,8 +37,8 @@ def report_lines(report: Report) -> Iterator[str]:
 
 def model_rows(source: ModelFacts, derived: ModelFacts) -> Iterator[tuple[str, str, str, str]]:
     """What both models have a value of: its name, the source's, the derived one's, and their relation."""
-    yield "encodings", encodings(source), encodings(derived), ""
-    yield "size of tensors", megabytes(source.bytes), megabytes(derived.bytes), f"× {derived.bytes / source.bytes:.3f}"
+    yield "computed as", encodings(source), encodings(derived), ""
+    yield "size of weights", megabytes(source.bytes), megabytes(derived.bytes), f"× {derived.bytes / source.bytes:.3f}"
     yield "bits per weight", f"{source.bits_per_weight:.2f}", f"{derived.bits_per_weight:.2f}", ""
     change = f"{100 * (derived.perplexity / source.perplexity - 1):+.2f} %"
     yield "perplexity", f"{source.perplexity:.4f}", f"{derived.perplexity:.4f}", change

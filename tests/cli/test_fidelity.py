@@ -31,6 +31,20 @@ def test_quantize_reports_by_itself(puna: Run, stories: Path, tmp_path: Path) ->
     assert "q8.gguf.report.json has the rest" in done.err
 
 
+@pytest.mark.parametrize("method", ["INT8", "NF4"])
+def test_folders_are_measured_too(puna: Run, stories: Path, tmp_path: Path, method: str) -> None:
+    """Their size is that on disk, also where they are computed with in more bits."""
+    out = tmp_path / "folder"
+    assert puna("quantize", str(stories), str(out), "--type", method).code == 0
+    report = json.loads((tmp_path / "folder.report.json").read_text())
+    assert report["derived"]["bytes"] == sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert 0 < report["kl"]["mean"] < 0.5
+    assert puna("show", str(out), "--json").json["report"] == report
+    refused = puna("quantize", str(stories), str(tmp_path / "other"), "--type", method, "--max-drift", "1e-9")
+    assert (refused.code, "too far from" in refused.err) == (1, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "folder.report.json"}
+
+
 def test_no_report(puna: Run, stories: Path, tmp_path: Path) -> None:
     """And that of the file that was there before goes."""
     out, beside = tmp_path / "q8.gguf", tmp_path / "q8.gguf.report.json"
