@@ -21,7 +21,7 @@ LAYERS = [
     {"model"},
     {"engine", "chat", "store"},
     {"llm"},
-    {"server", "quantize"},
+    {"server", "quantize", "evaluate"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
