@@ -55,3 +55,7 @@ class CapacityError(PunaError):
 
 class AccessError(PunaError):
     """A key is missing, wrong, or not allowed to do this."""
+
+
+class DataError(PunaError):
+    """A row or file of training data is malformed, or cannot be trained on with this model."""

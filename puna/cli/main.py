@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "import": "puna.cli.import_model:import_model",
     "pack": "puna.cli.pack:pack",
     "convert": "puna.cli.convert:convert",
+    "data": "puna.cli.data:data",
     "quantize": "puna.cli.quantize:quantize",
     "compare": "puna.cli.compare_models:compare_models",
     "bench": "puna.cli.bench:bench",

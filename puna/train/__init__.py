@@ -1,0 +1,1 @@
+"""Fine-tuning: from a user's rows to a model that Puna serves."""
