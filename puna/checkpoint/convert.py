@@ -22,12 +22,13 @@ def convert(
     weight_type: str | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Read ``source`` and write ``destination``, which appears whole or not at all.
 
     Without ``format_name``, a destination ending in .gguf is GGUF, any other a safetensors folder. ``weight_type``
     re-encodes the matrices. ``progress`` is called with a tensor's name, how many came before it, and how many there
-    are in all.
+    are in all. ``check`` gets the finished file or folder before it takes its name; when it raises, nothing is left.
     Raises CheckpointError when the destination exists and ``overwrite`` is false.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
@@ -36,7 +37,7 @@ def convert(
     checkpoint = open_checkpoint(source)
     if progress:
         checkpoint = replace(checkpoint, tensors=_Watched(checkpoint.tensors, progress))
-    put(destination, lambda path: save_checkpoint(checkpoint, path, format_name, weight_type))
+    put(destination, lambda path: save_checkpoint(checkpoint, path, format_name, weight_type), check)
 
 
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
@@ -45,12 +46,37 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
         _check_replaceable(source, destination, overwrite)
 
 
-def put(destination: Path, write: Callable[[Path], None]) -> None:
-    """Have a model written to ``destination``, in the place of a folder that is there. Raises CheckpointError."""
+def put(destination: Path, write: Callable[[Path], None], check: Callable[[Path], None] | None = None) -> None:
+    """Have a model written to ``destination``, in the place of a folder that is there.
+
+    ``check`` gets the finished file or folder before it takes its name; when it raises, nothing is left. Raises
+    CheckpointError.
+    """
+
+    def write_checked(path: Path) -> None:
+        write(path)
+        if check:
+            check(path)
+
     if destination.is_dir() and _is_occupied(destination):
-        _replace_folder(destination, write)
-    else:
+        _replace_folder(destination, write_checked)
+    elif check is None:
         write(destination)
+    else:
+        _place_checked(destination, write_checked)
+
+
+def _place_checked(destination: Path, write: Callable[[Path], None]) -> None:
+    fresh = destination.with_name(f".{destination.name}.{uuid4().hex[:8]}.new")
+    try:
+        write(fresh)
+        fresh.replace(destination)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {destination}: {error}") from error
+    finally:
+        if fresh.is_dir():
+            shutil.rmtree(fresh, ignore_errors=True)
+        fresh.unlink(missing_ok=True)
 
 
 def _is_occupied(path: Path) -> bool:

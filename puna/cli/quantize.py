@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from puna.cli.fidelity import html_option, keep_report, make_review, report_options
 from puna.cli.options import json_option, parse_size, threads_option
 from puna.cli.progress import human_bytes
 
@@ -40,7 +41,11 @@ def _parse_fit(context: click.Context, parameter: click.Parameter, value: str | 
     help="INT4, GPTQ, AWQ: whose layout the folder has (by default the method's own).",
 )
 @click.option("--requantize", is_flag=True, help="Accept a SOURCE that is quantized already, and its further loss.")
-@click.option("--force", is_flag=True, help="Replace the destination if it exists.")
+@click.option(
+    "--force", is_flag=True, help="Replace the destination if it exists; keep the result whatever its report says."
+)
+@report_options(default=True)
+@html_option
 @threads_option
 @json_option
 def quantize(
@@ -59,6 +64,9 @@ def quantize(
     layout: str | None,
     requantize: bool,
     force: bool,
+    report: bool,
+    max_drift: float | None,
+    html: Path | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -94,15 +102,30 @@ def quantize(
         def on_progress(what: str, done: int, total: int) -> None:
             bars.update(task, description=what, completed=done, total=total)
 
+        review = make_review(
+            source,
+            destination,
+            report=report,
+            html=html,
+            force=force,
+            max_drift=max_drift,
+            threads=threads,
+            progress=on_progress,
+        )
+        result = None
         if mix is not None and mix.lower() in METHODS:
             if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
                 raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
             folder = FolderSettings(mix.lower(), group_size, symmetric, layout=layout, requantize=requantize)
-            quantize_to_folder(source, destination, folder, calibrate, force, on_progress)
-            return
-        result = quantize_model(source, destination, settings, threads, on_progress)
+            quantize_to_folder(source, destination, folder, calibrate, force, on_progress, check=review)
+        else:
+            result = quantize_model(source, destination, settings, threads, on_progress, check=review)
+    kept = keep_report(review, destination, html)
     if as_json:
-        click.echo(json.dumps(result.as_json(), indent=2))
+        facts = result.as_json() if result else {"path": str(destination)}
+        click.echo(json.dumps(facts | {"report": kept.as_json() if kept else None}, indent=2, ensure_ascii=False))
+        return
+    if result is None:
         return
     for note in result.notes:
         click.echo(f"Note: {note}", err=True)

@@ -65,9 +65,11 @@ def quantize_to_folder(
     calibrate: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """As ``quantize_folder``, from a stored model or a path, calibrated on the text ``calibrate``.
 
+    ``check`` gets the finished folder before it takes its name; when it raises, nothing is left.
     Raises CheckpointError when the destination exists and ``overwrite`` is false, RequestError for a text that is too
     short, and what quantize_folder raises.
     """
@@ -76,7 +78,7 @@ def quantize_to_folder(
     check_destination(path, destination, overwrite)
     checkpoint = open_checkpoint(path)
     windows = None if calibrate is None else read_windows(checkpoint, calibrate)
-    put(destination, lambda fresh: quantize_folder(checkpoint, fresh, settings, windows, progress))
+    put(destination, lambda fresh: quantize_folder(checkpoint, fresh, settings, windows, progress), check)
 
 
 def quantize_folder(

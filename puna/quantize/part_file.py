@@ -46,6 +46,7 @@ class PartFile:
             self._note({"writes": self._identity})
         self._file.truncate(self._size)
         self._file.write(self._header)
+        self._file.flush()
         return self
 
     def __exit__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,10 @@ class QuantizeSettings:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written. ``divergence`` is the mean KL to the source on the calibration text, where it was measured."""
+    """What was written, in ``seconds`` without the check.
+
+    ``divergence`` is the mean KL to the source on the calibration text, where it was measured.
+    """
 
     path: Path
     plans: Sequence[TensorPlan]
@@ -89,11 +92,13 @@ def quantize(
     settings: QuantizeSettings,
     threads: int | None = None,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Quantized:
     """Write ``destination`` from a stored model, a file or a folder; it appears whole or not at all.
 
     A run that was killed is continued by the same call. ``progress`` gets what is done (a phase, or a tensor's name),
-    how much of it came before, and how much there is.
+    how much of it came before, and how much there is. ``check`` gets the finished file before that takes its name; when
+    it raises, nothing is left.
     Raises RequestError for settings that make no sense or a text that is too short, CheckpointError for weights that
     can't be read or quantized and when ``destination`` exists and may not be overwritten.
     """
@@ -132,11 +137,10 @@ def quantize(
             plans, divergence = plan_within_divergence(search, settings.max_kl)
     metadata |= {"general.file_type": file_type(mix) if mix else _most_common(plans), "general.quantization_version": 2}
     identity = f"{__version__} {model_identity(found)} {_digest(importance)}"
-    size, continued = _write(
-        destination, identity, metadata, tensors, plans, ops, importance, progress, str(found.path)
+    size, continued, finished = _write(
+        destination, identity, metadata, tensors, plans, ops, importance, progress, check, str(found.path)
     )
-    seconds = time.monotonic() - began
-    return Quantized(destination, plans, size, seconds, continued, divergence, _notes(plans, importance))
+    return Quantized(destination, plans, size, finished - began, continued, divergence, _notes(plans, importance))
 
 
 def _check(settings: QuantizeSettings) -> tuple[str | None, Overrides]:
@@ -204,9 +208,13 @@ def _write(
     ops: Ops,
     importance: ImportanceMatrix | None,
     progress: Progress | None,
+    check: Callable[[Path], None] | None,
     source: str,
-) -> tuple[int, int]:
-    """Encode and write everything; returns the file's bytes and how many tensors an earlier run had finished."""
+) -> tuple[int, int, float]:
+    """Encode and write everything.
+
+    Returns the file's bytes, how many tensors an earlier run had finished, and when (monotonic) all of them were.
+    """
     header, starts, size = gguf_layout(metadata, {plan.name: (plan.shape, plan.type) for plan in plans})
     encode = encoder(ops)
     continued = 0
@@ -236,10 +244,13 @@ def _write(
                     ) from None
                 assert written == length, f"{plan.name}: {written} bytes written, {length} expected"
                 drop_mapped_pages(weight.data)
+            finished = time.monotonic()
+            if check:
+                check(part.path)
             part.finish()
     except OSError as error:
         raise CheckpointError(f"cannot write {destination}: {error}") from error
-    return size, continued
+    return size, continued, finished
 
 
 def _overhead(metadata: dict[str, Any], tensors: GGUFTensors) -> int:
