@@ -59,3 +59,7 @@ class AccessError(PunaError):
 
 class DataError(PunaError):
     """A row or file of training data is malformed, or cannot be trained on with this model."""
+
+
+class TrainingError(PunaError):
+    """A training run asks for something impossible, or had to stop."""

@@ -25,7 +25,15 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-MAY_IMPORT_TORCH: set[str] = set()
+MAY_IMPORT_TORCH = {
+    "ops/torch_ops.py",
+    "ops/torch_weights.py",
+    "train/losses.py",
+    "train/module.py",
+    "train/preferences.py",
+    "train/trainer.py",
+    "train/training_state.py",
+}
 HEAVY = (
     "torch",
     "transformers",

@@ -5,7 +5,7 @@ Sources: Touvron et al. 2023 (RMSNorm, SwiGLU, rotary positions), Ainslie et al.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from puna.config import ModelConfig
@@ -79,22 +79,6 @@ def bind(config: ModelConfig, tensors: Mapping[str, UploadedWeight]) -> Weights:
     )
 
 
-def forward(ops: Ops, config: ModelConfig, weights: Weights, batch: Batch, kv: KVCache) -> Array:
-    """Logits [R, V] of the rows the batch asks for; the step's keys and values are written to the cache."""
-    x = hidden(ops, config, weights, batch, kv)
-    return ops.linear(ops.rows(x, batch.logit_rows), weights.head)
-
-
-def hidden(ops: Ops, config: ModelConfig, weights: Weights, batch: Batch, kv: KVCache) -> Array:
-    """The normalised hidden state of every token, [T, D]: what the head reads."""
-    frequencies, scale = inverse_frequencies(config, batch)
-    angles = ops.rope_angles(batch.positions, frequencies, scale)
-    x = ops.embed(weights.embedding, batch.tokens)
-    for layer, block in enumerate(weights.blocks):
-        x = run_block(ops, config, block, x, angles, layer, batch, kv)
-    return ops.rms_norm(x, weights.norm, config.rms_norm_eps)
-
-
 def run_block(
     ops: Ops, config: ModelConfig, w: Block, x: Array, angles: Array, layer: int, batch: Batch, kv: KVCache
 ) -> Array:
@@ -106,3 +90,30 @@ def run_block(
     h = ops.rms_norm(x, w.mlp_norm, config.rms_norm_eps)
     gate, up = ops.linears(h, (w.gate, w.up), (w.gate_bias, w.up_bias))
     return ops.linear(ops.swiglu(gate, up), w.down, w.down_bias, residual=x)
+
+
+def forward(ops: Ops, config: ModelConfig, weights: Weights, batch: Batch, kv: KVCache) -> Array:
+    """Logits [R, V] of the rows the batch asks for; the step's keys and values are written to the cache."""
+    x = hidden(ops, config, weights, batch, kv)
+    return ops.linear(ops.rows(x, batch.logit_rows), weights.head)
+
+
+def hidden(
+    ops: Ops,
+    config: ModelConfig,
+    weights: Weights,
+    batch: Batch,
+    kv: KVCache,
+    layer_call: Callable[..., Array] = run_block,
+) -> Array:
+    """The normalised hidden state of every token, [T, D]: what the head reads.
+
+    ``layer_call`` is called in place of ``run_block``, which it calls: to compute a layer again in the backward pass,
+    or to gather its weights before.
+    """
+    frequencies, scale = inverse_frequencies(config, batch)
+    angles = ops.rope_angles(batch.positions, frequencies, scale)
+    x = ops.embed(weights.embedding, batch.tokens)
+    for layer, block in enumerate(weights.blocks):
+        x = layer_call(ops, config, block, x, angles, layer, batch, kv)
+    return ops.rms_norm(x, weights.norm, config.rms_norm_eps)

@@ -126,6 +126,12 @@ class NativeOps:
             return kind.encode(values, importance)  # which says what is wrong
         return encoded
 
+    def decode(self, weight: Weight) -> Floats:
+        """The numbers of a matrix, the same as ``weight.dequantize()``, many times faster."""
+        out = np.empty(weight.shape, np.float32)
+        self._native.decode_rows(weight.type.gguf_id, weight.data, None, out)
+        return out
+
     def pack(self, weight: Weight, destination: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """The panels of a matrix, in zeros at a multiple of 64 bytes that are given or made."""
         weight = _readable(weight)

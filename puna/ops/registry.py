@@ -12,6 +12,7 @@ from puna.ops.protocol import Ops
 OPS: dict[str, str] = {
     "native": "puna.ops.native_ops:NativeOps",
     "reference": "puna.ops.reference:ReferenceOps",
+    "torch": "puna.ops.torch_ops:TorchOps",
 }
 MAX_THREADS = 1024
 
@@ -37,6 +38,8 @@ def make_ops(name: str | None = None, threads: int | None = None) -> Ops:
             name = "reference"
     if name not in OPS:
         raise RequestError(f"unknown ops {name!r}; known: {', '.join(OPS)}")
+    if name == "torch" and find_spec("torch") is None:
+        raise RequestError("the ops 'torch' need PyTorch, which is not installed; pip install 'puna[torch]'")
     module, attribute = OPS[name].split(":")
     implementation = getattr(import_module(module), attribute)
     ops: Ops = implementation(threads) if name == "native" else implementation()

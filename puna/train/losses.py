@@ -1,0 +1,132 @@
+"""Losses of next tokens: exact, normalised by tokens, and never with the whole matrix of logits in memory.
+
+R rows (places where a token is predicted), V vocabulary, D hidden size. Losses are sums over rows of weight · loss; a
+weight is usually 1 / the trained tokens of the whole step, so that sums over any split of the step add up to the mean
+per token. Everything from the logits on is float32, float64 for float64 hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_NUMBERS = 1 << 24  # of logits at once: 64 MB in float32
+
+
+def prediction_rows(trained: NDArray[np.bool_], seq_starts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The tokens whose successors are to be predicted: int64[R].
+
+    ``trained`` is bool[T]: which tokens are targets. A document's first token never is: nothing is before it.
+    """
+    targets = trained.copy()
+    targets[np.asarray(seq_starts[:-1])] = False
+    return np.flatnonzero(targets) - 1
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The sum over rows of weight · -log softmax(hidden · headᵀ)[target]: a scalar.
+
+    ``hidden`` [R, D], ``head`` [V, D], ``targets`` int64[R], ``weights`` [R]. The gradients are made along with the
+    loss, a chunk of rows at a time.
+    """
+    needed = (torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and head.requires_grad)
+    loss: Tensor = _CrossEntropy.apply(hidden, head, targets, weights, needed)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(hidden · headᵀ)[target] of each row: [R]. The logits are computed again in the backward pass."""
+
+    def of_chunk(logits: Tensor, chunk: slice) -> Tensor:
+        return torch.log_softmax(logits, -1).gather(1, targets[chunk, None])[:, 0]
+
+    return by_chunks(hidden, head, of_chunk)
+
+
+def by_chunks(hidden: Tensor, head: Tensor, of_chunk: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Any function of rows of logits, [rows, V] -> [rows, …], by chunks that the backward pass computes again."""
+
+    def compute(rows: Tensor, head: Tensor, chunk: slice) -> Tensor:
+        return of_chunk(_wide(F.linear(rows, head)), chunk)
+
+    parts = [
+        checkpoint(compute, hidden[chunk], head, chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in _chunks(len(hidden), len(head))
+    ]
+    return torch.cat(parts) if parts else of_chunk(_wide(F.linear(hidden, head)), slice(0, 0))
+
+
+def forward_kl(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of each row, times temperature² (Hinton et al. 2015): [R, V], [R, V] -> [R]."""
+    student, teacher = (torch.log_softmax(_wide(x) / temperature, -1) for x in (logits, teacher_logits))
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def reverse_kl(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(student || teacher) of each row, times temperature² (Gu et al. 2023): [R, V], [R, V] -> [R]."""
+    return forward_kl(teacher_logits, logits, temperature)
+
+
+def top_k_forward_kl(logits: Tensor, top_ids: Tensor, top_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """As forward_kl, for a teacher of whom the k largest logits of each row are known: [R, V], [R, k], [R, k] -> [R].
+
+    The teacher's distribution is renormalised over these; the student's is over the whole vocabulary.
+    """
+    student = torch.log_softmax(_wide(logits) / temperature, -1).gather(1, top_ids)
+    teacher = torch.log_softmax(_wide(top_logits) / temperature, -1)
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, CHUNK_NUMBERS // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """d loss / d logits = weight · (softmax - one-hot of the target)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, needed: tuple[bool, bool]
+    ) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if needed[0] else None
+        head_gradient = torch.zeros_like(head, dtype=dtype) if needed[1] else None
+        for chunk in _chunks(len(hidden), len(head)):
+            rows, ids, weight = hidden[chunk], targets[chunk, None], weights[chunk, None].to(dtype)
+            logits = F.linear(rows, head).to(dtype)
+            normaliser = torch.logsumexp(logits, -1, keepdim=True)
+            loss += (weight * (normaliser - logits.gather(1, ids))).sum()
+            if not any(needed):
+                continue
+            gradient = logits.sub_(normaliser).exp_()
+            gradient.scatter_add_(1, ids, torch.full_like(weight, -1))
+            gradient = gradient.mul_(weight).to(hidden.dtype)
+            if hidden_gradient is not None:
+                torch.mm(gradient, head, out=hidden_gradient[chunk])
+            if head_gradient is not None:
+                head_gradient += gradient.T @ rows
+        ctx.save_for_backward(hidden_gradient, head_gradient)
+        ctx.head_dtype = head.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        hidden_gradient, head_gradient = ctx.saved_tensors
+        if hidden_gradient is not None:
+            hidden_gradient = (hidden_gradient * gradient).to(hidden_gradient.dtype)
+        if head_gradient is not None:
+            head_gradient = (head_gradient * gradient).to(ctx.head_dtype)
+        return hidden_gradient, head_gradient, None, None, None

@@ -1,0 +1,146 @@
+"""TorchOps against the reference ops' logits, and its gradients against transformers'."""
+
+import numpy as np
+import pytest
+from tiny_models import VARIANTS, random_adapter, random_weights, tiny_config
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from puna.config import ModelConfig  # noqa: E402
+from puna.model.model import Model  # noqa: E402
+from puna.ops.protocol import Batch  # noqa: E402
+from puna.ops.reference import ReferenceOps  # noqa: E402
+from puna.ops.torch_ops import NoCache, TorchOps, document_batch  # noqa: E402
+from puna.tensor import QUANT_TYPES, Weight  # noqa: E402
+
+LENGTHS = [33, 96, 1, 40, 35]
+
+
+def documents(config: ModelConfig, lengths: list[int] = LENGTHS) -> Batch:
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, sum(lengths))
+    return document_batch(tokens, np.cumsum([0, *lengths]))
+
+
+def reference_logits(config: ModelConfig, weights: dict[str, Weight], batch: Batch) -> np.ndarray:
+    """Of each document alone."""
+    ops = ReferenceOps()
+    model = Model.bind(ops, config, weights)
+    found = []
+    for start, end in zip(batch.seq_starts, batch.seq_starts[1:], strict=False):
+        rows = np.arange(end - start, dtype=np.int32)
+        alone = Batch(
+            tokens=batch.tokens[start:end],
+            positions=rows,
+            seq_starts=np.array([0, len(rows)], np.int32),
+            slots=rows,
+            block_tables=np.zeros((1, 1), np.int32),
+            context_lens=np.array([len(rows)], np.int32),
+            logit_rows=rows,
+        )
+        found.append(model.forward(alone, ops.new_kv(config, 1, len(rows))))
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_documents_give_the_reference_logits(name: str) -> None:
+    config = VARIANTS[name]
+    weights, batch = random_weights(config, seed=1), documents(config)
+    expected = reference_logits(config, weights, batch)
+    found = Model.bind(TorchOps(), config, weights).forward(batch, NoCache(config.head_dim))
+    assert np.abs(found.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    config = VARIANTS["gqa"]
+    weights, batch = random_weights(config, seed=1), documents(config)
+    expected = reference_logits(config, weights, batch)
+    found = Model.bind(TorchOps(dtype), config, weights).forward(batch, NoCache(config.head_dim))
+    assert found.dtype == dtype
+    error = np.abs(found.double().numpy() - expected).max() / np.abs(expected).max()
+    assert error <= (0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("kind", [*(name for name, k in QUANT_TYPES.items() if k.can_encode)])
+def test_every_encoding_stays_as_it_is(kind: str) -> None:
+    config = tiny_config(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
+    weights, batch = random_weights(config, seed=1, weight_type=kind), documents(config, [7, 3])
+    expected = reference_logits(config, weights, batch)
+    for decode in (None, Weight.dequantize):
+        model = Model.bind(TorchOps(decode=decode), config, weights)
+        found = model.forward(batch, NoCache(config.head_dim))
+        assert np.abs(found.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_the_native_decoder_gives_the_same_numbers() -> None:
+    native = pytest.importorskip("puna.ops.native_ops").NativeOps(1)
+    values = np.random.default_rng(0).standard_normal((3, 512), np.float32)
+    for name, kind in QUANT_TYPES.items():
+        if kind.can_encode:
+            weight = Weight.from_array("w", values, name)
+            np.testing.assert_array_equal(native.decode(weight), weight.dequantize(), err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "tied", "both_biases", "rope_llama3", "rope_yarn"])
+def test_gradients_are_those_of_transformers(name: str) -> None:
+    config = VARIANTS[name]
+    weights, batch = random_weights(config, seed=1), documents(config, [30, 30])
+    targets = torch.from_numpy(np.random.default_rng(1).integers(0, config.vocab_size, 60))
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf())).float()
+    peer.load_state_dict({n: torch.from_numpy(w.dequantize().copy()) for n, w in weights.items()}, strict=False)
+    logits = peer(torch.from_numpy(batch.tokens.reshape(2, 30).astype(np.int64))).logits.reshape(60, -1)
+    torch.nn.functional.cross_entropy(logits, targets).backward()
+
+    tensors = {n: torch.from_numpy(w.dequantize().copy()).requires_grad_() for n, w in weights.items()}
+    ours = Model(TorchOps(), config, tensors).forward(batch, NoCache(config.head_dim))
+    torch.nn.functional.cross_entropy(ours, targets).backward()
+    expected = {n: p.grad for n, p in peer.named_parameters()}
+    assert set(tensors) == set(expected)
+    for n, tensor in tensors.items():
+        scale = expected[n].abs().max()
+        assert scale > 0
+        assert (tensor.grad - expected[n]).abs().max() <= 1e-4 * scale, n
+
+
+def test_gradients_pass_through_encoded_matrices() -> None:
+    """Towards the norms, which lie before them, as through the same numbers in float32."""
+    config = VARIANTS["gqa"]
+    encoded, batch = random_weights(config, seed=1, weight_type="Q8_0"), documents(config, [9, 20])
+    plain = {n: Weight.from_array(n, w.dequantize()) for n, w in encoded.items()}
+    gradients = []
+    for weights in (encoded, plain):
+        ops = TorchOps()
+        tensors = {n: ops.weight(w) for n, w in weights.items()}
+        norms = {n: t.clone().requires_grad_() for n, t in tensors.items() if n.endswith("norm.weight")}
+        Model(ops, config, tensors | norms).forward(batch, NoCache(config.head_dim)).square().mean().backward()
+        gradients.append({n: t.grad for n, t in norms.items()})
+    for n, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][n], rtol=1e-5, atol=1e-7)
+
+
+def test_swiglu_gradient() -> None:
+    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(TorchOps(torch.float64).swiglu, (gate, up))
+
+
+def test_adapters_by_sequence_with_a_cache() -> None:
+    config = VARIANTS["gqa"]
+    weights, adapter = random_weights(config, seed=1), random_adapter(config, 3)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 24).astype(np.int32)
+    batch = Batch(
+        tokens=tokens,
+        positions=np.tile(np.arange(12, dtype=np.int32), 2),
+        seq_starts=np.array([0, 12, 24], np.int32),
+        slots=np.concatenate([np.arange(12), 16 + np.arange(12)]).astype(np.int32),
+        block_tables=np.array([[0], [1]], np.int32),
+        context_lens=np.array([12, 12], np.int32),
+        logit_rows=np.arange(24, dtype=np.int32),
+        adapters=np.array([-1, 0], np.int32),
+    )
+    logits = []
+    for ops in (ReferenceOps(), TorchOps()):
+        base = Model.bind(ops, config, weights)
+        adapted = base.adapted([base.upload(adapter)])
+        logits.append(ops.to_host(adapted.forward(batch, ops.new_kv(config, 2, 16))))
+    assert np.abs(logits[1] - logits[0]).max() <= 1e-5 * np.abs(logits[0]).max()
