@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ def keep_report(review: Review | None, destination: Path, html: Path | None) -> 
         err=True,
     )
     if html is not None:
-        write_page(report, html, destination.absolute().parent)
+        write_page(report, html, place.parent)
     return report
 
 
@@ -115,7 +116,6 @@ def write_page(report: Report, page: Path, folder: Path) -> None:
 
 
 def _files_only(found: ResolvedModel) -> ResolvedModel:
-    """Without what the store adds: a derived file takes over only what is in the files."""
-    from puna.store import ResolvedModel
-
-    return ResolvedModel(found.path, None, found.packed)
+    """Without the template that the store may know better: a derived file takes over what is in the files."""
+    manifest = found.manifest and replace(found.manifest, template=None)
+    return replace(found, manifest=manifest)

@@ -20,7 +20,7 @@ SUFFIX = ".report.json"
 
 def report_beside(path: Path) -> Path:
     """Where the report of a model outside the store lies, or would."""
-    path = path.absolute()
+    path = path.expanduser().absolute()
     return path.with_name(path.name + SUFFIX)
 
 

@@ -140,3 +140,16 @@ def test_models_of_other_vocabularies(puna: Run, stories: Path, smollm2_path: Pa
     done = puna("compare", str(stories), str(smollm2_path))
     assert done.code == 1
     assert "predict different tokens and can't be compared" in done.err
+
+
+def test_a_template_of_the_store_is_not_expected_in_a_file(puna: Run, stories: Path, tmp_path: Path) -> None:
+    """And reports of a stored source know it by its content, as comparisons with it do."""
+    assert puna("import", str(stories), "--name", "plain").code == 0
+    modelfile = tmp_path / "Modelfile"
+    modelfile.write_text('FROM plain\nTEMPLATE """{% for m in messages %}<{{ m.content }}>{% endfor %}"""\n')
+    assert puna("create", "dressed", "-f", str(modelfile)).code == 0
+    done = puna("quantize", "dressed", str(tmp_path / "q8.gguf"), "--type", "Q8_0", "--json")
+    assert (done.code, done.json["report"]["template"]) == (0, [])
+    compared = puna("compare", "dressed", str(tmp_path / "q8.gguf"), "--windows", "1", "--json").json
+    assert len(compared["template"]) == 3
+    assert compared["source_identity"] == done.json["report"]["source_identity"]
