@@ -33,6 +33,10 @@ class NotFoundError(PunaError):
     """The server keeps nothing under the id that was given, or keeps it for somebody else."""
 
 
+class DriftError(PunaError):
+    """A derived model is further from its source than what made it can explain."""
+
+
 class StoreError(PunaError):
     """The local model store does not hold the model, or cannot be read or written."""
 
@@ -51,6 +55,10 @@ class CapacityError(PunaError):
 
 class AccessError(PunaError):
     """A key is missing, wrong, or not allowed to do this."""
+
+
+class DataError(PunaError):
+    """A row or file of training data is malformed, or cannot be trained on with this model."""
 
 
 class TrainingError(PunaError):

@@ -57,21 +57,11 @@ _TYPES = {kind.gguf_id: kind for kind in QUANT_TYPES.values()}
 # Encodings that exist but that Puna does not decode, so that the message can name them.
 _OTHER_TYPES = {
     9: "Q8_1",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    21: "IQ3_S",
-    22: "IQ2_S",
     24: "I8",
     25: "I16",
     26: "I32",
     27: "I64",
     28: "F64",
-    29: "IQ1_M",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    39: "MXFP4",
     40: "NVFP4",
     41: "Q1_0",
 }

@@ -5,7 +5,9 @@ import numpy as np
 
 from puna.tensor import QUANT_TYPES, QuantType, Weight
 
-TYPES = sorted(QUANT_TYPES)
+# Encodings without kernels, whose weights are turned into Q8_0 when they are loaded.
+WIDENED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "MXFP4")
+TYPES = sorted(set(QUANT_TYPES) - set(WIDENED))
 FLOATS = ("F32", "F16", "BF16")
 HALF_FIELDS = {  # byte offsets of a block's float16 scales and minima (ggml-common.h)
     "Q4_0": (0,),

@@ -21,7 +21,7 @@ LAYERS = [
     {"model"},
     {"engine", "chat", "store"},
     {"llm"},
-    {"server", "train"},
+    {"server", "quantize", "evaluate", "train"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -261,7 +261,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         container((), [tensor("a", (33, 2), QUANT_TYPES["Q4_0"].gguf_id)], F32_BLOCK * 4),
         "tensor a has rows of 33 numbers, but Q4_0 packs 32 at a time",
     ),
-    "a type that is not decoded": (container((), [tensor("a", (256,), 16)], bytes(66)), "has the type IQ2_XXS, which"),
+    "a type that is not decoded": (container((), [tensor("a", (32,), 9)], bytes(36)), "has the type Q8_1, which"),
     "a type that nobody knows": (container((), [tensor("a", (256,), 999)], bytes(66)), "has the type number 999"),
     "a removed type": (container((), [tensor("a", (256,), 4)], bytes(256)), "has the type number 4"),
     "a tensor past the end": (container((), [tensor("a", (9,))], F32_BLOCK), "tensor a needs bytes .* truncated"),

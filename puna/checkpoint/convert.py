@@ -22,26 +22,65 @@ def convert(
     weight_type: str | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Read ``source`` and write ``destination``, which appears whole or not at all.
 
     Without ``format_name``, a destination ending in .gguf is GGUF, any other a safetensors folder. ``weight_type``
     re-encodes the matrices. ``progress`` is called with a tensor's name, how many came before it, and how many there
-    are in all.
+    are in all. ``check`` gets the finished file or folder before it takes its name; when it raises, nothing is left.
     Raises CheckpointError when the destination exists and ``overwrite`` is false.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     format_name = format_name or ("gguf" if destination.suffix == ".gguf" else "safetensors")
-    occupied = destination.is_file() or (destination.is_dir() and any(destination.iterdir()))
-    if occupied:
-        _check_replaceable(source, destination, overwrite)
+    check_destination(source, destination, overwrite)
     checkpoint = open_checkpoint(source)
     if progress:
         checkpoint = replace(checkpoint, tensors=_Watched(checkpoint.tensors, progress))
-    if occupied and destination.is_dir():
-        _replace_folder(destination, lambda fresh: save_checkpoint(checkpoint, fresh, format_name, weight_type))
+    put(destination, lambda path: save_checkpoint(checkpoint, path, format_name, weight_type), check)
+
+
+def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
+    """Raise CheckpointError when something is there that must not be replaced."""
+    if _is_occupied(destination):
+        _check_replaceable(source, destination, overwrite)
+
+
+def put(destination: Path, write: Callable[[Path], None], check: Callable[[Path], None] | None = None) -> None:
+    """Have a model written to ``destination``, in the place of a folder that is there.
+
+    ``check`` gets the finished file or folder before it takes its name; when it raises, nothing is left. Raises
+    CheckpointError.
+    """
+
+    def write_checked(path: Path) -> None:
+        write(path)
+        if check:
+            check(path)
+
+    if destination.is_dir() and _is_occupied(destination):
+        _replace_folder(destination, write_checked)
+    elif check is None:
+        write(destination)
     else:
-        save_checkpoint(checkpoint, destination, format_name, weight_type)
+        _place_checked(destination, write_checked)
+
+
+def _place_checked(destination: Path, write: Callable[[Path], None]) -> None:
+    fresh = destination.with_name(f".{destination.name}.{uuid4().hex[:8]}.new")
+    try:
+        write(fresh)
+        fresh.replace(destination)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {destination}: {error}") from error
+    finally:
+        if fresh.is_dir():
+            shutil.rmtree(fresh, ignore_errors=True)
+        fresh.unlink(missing_ok=True)
+
+
+def _is_occupied(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
 class _Watched(Mapping[str, Weight]):

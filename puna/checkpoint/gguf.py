@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from puna.checkpoint.checkpoint import Checkpoint
-from puna.checkpoint.gguf_writer import FILE_TYPES, Encoded, write_gguf
+from puna.checkpoint.gguf_writer import FILE_TYPES, MIX_FILE_TYPES, Encoded, write_gguf
 from puna.checkpoint.names import (
     check_tensors,
     gguf_name,
@@ -24,6 +24,7 @@ from puna.config import ModelConfig, llama3_factors
 from puna.errors import CheckpointError
 from puna.gguf_file import MAGIC, GGUFFile, read_gguf
 from puna.tensor import QuantType, Weight, quant_type
+from puna.tensor.mapped import drop_mapped_pages
 from puna.tokenizer import Tokenizer
 from puna.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 
@@ -62,34 +63,75 @@ class GGUFFormat:
         wanted = quant_type(weight_type) if weight_type else None
         if wanted and not wanted.can_encode:
             raise CheckpointError(f"{wanted.name} can be read but not written; choose another type")
-        config = checkpoint.config
-        shapes = hf_names(config)
-        check_tensors(config, {name: shapes.get(name, ()) for name in checkpoint.tensors}, "the model to be written")
-        sources = {gguf_name(name): name for name in shapes}
-        factors = _rope_factors(config)
+        metadata, tensors = gguf_contents(checkpoint)
         unfit: list[str] = []
 
         def encode(name: str) -> Encoded:
-            if name == ROPE_FACTORS:
-                weight = Weight.from_array(name, np.array(factors, dtype=np.float32))
-                return weight.type, [weight.data]
-            weight = checkpoint.tensors[sources[name]]
-            if weight.shape != shapes[weight.name]:
-                check_tensors(config, shapes | {weight.name: weight.shape}, "the model to be written")
+            weight = tensors[name]
             kind = _stored_type(weight, wanted)
             if wanted and len(weight.shape) > 1 and kind != wanted:
                 unfit.append(f"{weight.name} ({weight.shape[-1]})")
-            return kind, encoded_pieces(to_interleaved(weight, config), kind)
+            return kind, encoded_pieces(weight, kind)
 
-        gguf_shapes: dict[str, tuple[int, ...]] = {ROPE_FACTORS: (len(factors),)} if factors else {}
-        gguf_shapes |= {name: shapes[source] for name, source in sources.items()}
-        write_gguf(path, _metadata(checkpoint), gguf_shapes, encode)
+        write_gguf(path, metadata, tensors.shapes, encode)
         if wanted and unfit:
             warnings.warn(
-                f"{len(unfit)} of {len(shapes)} tensors were written as F16, because their rows are not a multiple of "
+                f"{len(unfit)} of {len(tensors)} tensors were written as F16, because their rows are not a multiple of "
                 f"{wanted.block_size} as {wanted.name} needs; the first is {unfit[0]}",
                 stacklevel=2,
             )
+
+
+class GGUFTensors(Mapping[str, Weight]):
+    """A checkpoint's tensors as a GGUF file holds them: its names, in its order, with its row order.
+
+    ``shapes`` are known without reading a tensor. Looking one up raises CheckpointError when it is of another shape.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._expected = hf_names(checkpoint.config)
+        found = {name: self._expected.get(name, ()) for name in checkpoint.tensors}
+        check_tensors(checkpoint.config, found, "the model to be written")
+        self._sources = {gguf_name(name): name for name in self._expected}
+        self._factors = np.array(_rope_factors(checkpoint.config), np.float32)
+        factors: dict[str, tuple[int, ...]] = {ROPE_FACTORS: self._factors.shape} if len(self._factors) else {}
+        self.shapes = factors | {name: self._expected[source] for name, source in self._sources.items()}
+
+    def __getitem__(self, name: str) -> Weight:
+        if name == ROPE_FACTORS:
+            return Weight.from_array(name, self._factors)
+        config = self._checkpoint.config
+        weight = self._checkpoint.tensors[self._sources[name]]
+        if weight.shape != self._expected[weight.name]:
+            check_tensors(config, self._expected | {weight.name: weight.shape}, "the model to be written")
+        ordered = to_interleaved(weight, config)
+        if ordered is not weight:
+            drop_mapped_pages(weight.data)
+        return ordered
+
+    def type(self, name: str) -> QuantType:
+        """The type that a tensor has now."""
+        source = self._sources.get(name)
+        return quant_type("F32") if source is None else self._checkpoint.tensors[source].type
+
+    def source(self, name: str) -> str | None:
+        """The Hugging Face name of a tensor; None for one that only GGUF has."""
+        return self._sources.get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def gguf_contents(checkpoint: Checkpoint) -> tuple[dict[str, Any], GGUFTensors]:
+    """What a GGUF file of this model holds: metadata without ``general.file_type``, and tensors.
+
+    Raises CheckpointError, ConfigError for what GGUF cannot express.
+    """
+    return _metadata(checkpoint), GGUFTensors(checkpoint)
 
 
 def checkpoint_from_gguf(file: GGUFFile) -> Checkpoint:
@@ -130,7 +172,11 @@ class _HalfSplitTensors(Mapping[str, Weight]):
         self._config = config
 
     def __getitem__(self, name: str) -> Weight:
-        return to_half_split(self._weights[name], self._config)
+        weight = self._weights[name]
+        ordered = to_half_split(weight, self._config)
+        if ordered is not weight:  # a copy, so the file's pages need not stay in memory too
+            drop_mapped_pages(weight.data)
+        return ordered
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights
@@ -152,7 +198,7 @@ def _description(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The ``general.*`` values that are for people, and the name of the file type."""
     general = {key.removeprefix("general."): value for key, value in metadata.items() if key.startswith("general.")}
     description = {key: value for key, value in general.items() if key not in _NOT_DESCRIPTION}
-    names = {number: name for name, number in FILE_TYPES.items()}
+    names = {number: name for name, number in (FILE_TYPES | MIX_FILE_TYPES).items()}
     if isinstance(file_type := general.get("file_type"), int) and file_type in names:
         description["file_type"] = names[file_type]
     return description

@@ -45,6 +45,16 @@ FILE_TYPES = {
     "IQ4_XS": 30,
     "BF16": 32,
 }
+# Mixes of types, by llama.cpp's names.
+MIX_FILE_TYPES = {
+    "Q3_K_S": 11,
+    "Q3_K_M": 12,
+    "Q3_K_L": 13,
+    "Q4_K_S": 14,
+    "Q4_K_M": 15,
+    "Q5_K_S": 16,
+    "Q5_K_M": 17,
+}
 
 Encoded = tuple[QuantType, Iterable[NDArray[np.uint8]]]
 _Description = tuple[tuple[int, ...], int, int]
@@ -76,7 +86,7 @@ def write_gguf(
             file.seek(at)
             for piece in pieces:
                 file.write(np.ascontiguousarray(piece).data)
-            size = int(np.prod(shape[:-1], dtype=np.int64)) * kind.row_bytes(shape[-1])
+            size = tensor_bytes(shape, kind)
             assert file.tell() == at + size, f"{name}: {file.tell() - at} bytes written, {size} expected"
             at = _aligned(at + size)
             if len(shape) > 1:
@@ -86,6 +96,25 @@ def write_gguf(
         file.truncate(at)
         file.seek(0)
         file.write(_header(metadata, described))
+
+
+def gguf_layout(
+    metadata: Mapping[str, Any], tensors: Mapping[str, tuple[tuple[int, ...], QuantType]]
+) -> tuple[bytes, dict[str, int], int]:
+    """A file whose types are all known: its header, where in the file each tensor starts, and how long the file is."""
+    start = _aligned(len(_header(metadata, {name: (shape, 0, 0) for name, (shape, _) in tensors.items()})))
+    starts: dict[str, int] = {}
+    at = start
+    for name, (shape, kind) in tensors.items():
+        starts[name] = at
+        at = _aligned(at + tensor_bytes(shape, kind))
+    described = {name: (shape, kind.gguf_id, starts[name] - start) for name, (shape, kind) in tensors.items()}
+    return _header(metadata, described), starts, at
+
+
+def tensor_bytes(shape: tuple[int, ...], kind: QuantType) -> int:
+    """Raises CheckpointError when a row is not whole blocks."""
+    return int(np.prod(shape[:-1], dtype=np.int64)) * kind.row_bytes(shape[-1])
 
 
 def _header(metadata: Mapping[str, Any], described: Mapping[str, _Description]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 from puna.checkpoint.atomic import atomic_folder
 from puna.checkpoint.checkpoint import Checkpoint
+from puna.checkpoint.hf_quantized.read import read_quantized
 from puna.checkpoint.json_file import read_json, read_text, write_json
 from puna.checkpoint.names import check_tensors
-from puna.checkpoint.recode import equal_bytes, float_type
-from puna.checkpoint.safetensors import INDEX_NAME, read_safetensors, write_safetensors
+from puna.checkpoint.recode import float_type
+from puna.checkpoint.safetensors import INDEX_NAME, StoredTensor, map_safetensors, write_safetensors
 from puna.config import ModelConfig
 from puna.errors import CheckpointError
 from puna.tensor import Weight
@@ -41,15 +43,18 @@ class SafetensorsFormat:
         if not config_path.exists():
             raise CheckpointError(f"{path}: config.json is missing beside it; copy it from where the weights came from")
         raw = read_json(config_path)
-        if quantization := raw.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise CheckpointError(
-                f"{config_path}: the weights are quantized ({method or 'method unknown'}), which is not supported yet "
-                "in Hugging Face folders; use the unquantized model or a .gguf file"
-            )
         config = _with_generation_config(folder, ModelConfig.from_hf(raw))
-        tensors = _canonical(path, config, _read_tensors(path))
-        check_tensors(config, {name: weight.shape for name, weight in tensors.items()}, str(path))
+        stored = _canonical(path, config, _read_tensors(path))
+        tensors: Mapping[str, Weight]
+        if raw.get("quantization_config") is None:
+            tensors = {name: tensor.weight() for name, tensor in stored.items()}
+            shapes = {name: weight.shape for name, weight in tensors.items()}
+        else:
+            tensors = read_quantized(
+                str(config_path), raw["quantization_config"], stored, config.attention_bias or config.mlp_bias
+            )
+            shapes = tensors.shapes
+        check_tensors(config, shapes, str(path))
         return Checkpoint(
             config=config,
             tensors=tensors,
@@ -60,18 +65,30 @@ class SafetensorsFormat:
 
     def write(self, checkpoint: Checkpoint, path: Path, weight_type: str | None) -> None:
         """A folder that transformers loads; ``weight_type`` is F32, F16, BF16 or None."""
-        config = checkpoint.config
-        raw = config.to_hf() | {"torch_dtype": _TORCH_NAMES[_matrix_type(checkpoint, weight_type)]}
-        generation = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}
-        with atomic_folder(path) as folder:
-            write_json(folder / "config.json", raw)
-            write_json(folder / "generation_config.json", generation)
-            if checkpoint.tokenizer is not None:
-                write_json(folder / "tokenizer.json", checkpoint.tokenizer.to_tokenizer_json())
-                write_json(folder / "tokenizer_config.json", checkpoint.tokenizer.to_tokenizer_config())
-            if checkpoint.chat_template is not None:
-                (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8", newline="")
-            write_safetensors(folder, checkpoint.tensors, weight_type)
+        extra = {"torch_dtype": _TORCH_NAMES[_matrix_type(checkpoint, weight_type)]}
+        write_model_folder(
+            checkpoint, path, extra, lambda folder: write_safetensors(folder, checkpoint.tensors, weight_type)
+        )
+
+
+def write_model_folder(
+    checkpoint: Checkpoint, path: Path, extra: dict[str, Any], write_weights: Callable[[Path], None]
+) -> None:
+    """A folder of everything but the weights, which ``write_weights`` writes into it; it appears whole or not at all.
+
+    ``extra`` are fields of config.json beside the architecture.
+    """
+    raw = checkpoint.config.to_hf() | extra
+    generation = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}
+    with atomic_folder(path) as folder:
+        write_json(folder / "config.json", raw)
+        write_json(folder / "generation_config.json", generation)
+        if checkpoint.tokenizer is not None:
+            write_json(folder / "tokenizer.json", checkpoint.tokenizer.to_tokenizer_json())
+            write_json(folder / "tokenizer_config.json", checkpoint.tokenizer.to_tokenizer_config())
+        if checkpoint.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8", newline="")
+        write_weights(folder)
 
 
 def _matrix_type(checkpoint: Checkpoint, weight_type: str | None) -> str:
@@ -79,18 +96,18 @@ def _matrix_type(checkpoint: Checkpoint, weight_type: str | None) -> str:
     return float_type(checkpoint.tensors[EMBEDDING], weight_type).name
 
 
-def _read_tensors(path: Path) -> dict[str, Weight]:
+def _read_tensors(path: Path) -> dict[str, StoredTensor]:
     folder = path if path.is_dir() else path.parent
     index_path, single = folder / INDEX_NAME, folder / "model.safetensors"
     if path.is_file() and not _is_shard(path, index_path):
-        return read_safetensors(path)
+        return map_safetensors(path)
     if index_path.exists():
         return _read_shards(folder, index_path)
     if single.exists():
-        return read_safetensors(single)
+        return map_safetensors(single)
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
-        return read_safetensors(found[0])
+        return map_safetensors(found[0])
     if any(folder.glob("pytorch_model*.bin")):
         raise CheckpointError(
             f"{folder}: the weights are pytorch_model*.bin (pickle) files, which are not read; get the model's "
@@ -116,14 +133,14 @@ def _weight_map(index_path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(folder: Path, index_path: Path) -> dict[str, Weight]:
+def _read_shards(folder: Path, index_path: Path) -> dict[str, StoredTensor]:
     weight_map = _weight_map(index_path)
-    shards: dict[str, dict[str, Weight]] = {}
+    shards: dict[str, dict[str, StoredTensor]] = {}
     for file_name in sorted(set(weight_map.values())):
         shard = folder / file_name
         if not shard.is_file():
             raise CheckpointError(f"{shard} is missing, though {INDEX_NAME} names it; fetch the rest of the model")
-        shards[file_name] = read_safetensors(shard)
+        shards[file_name] = map_safetensors(shard)
     tensors = {}
     for name, file_name in weight_map.items():
         if name not in shards[file_name]:
@@ -132,19 +149,19 @@ def _read_shards(folder: Path, index_path: Path) -> dict[str, Weight]:
     return tensors
 
 
-def _canonical(source: Path, config: ModelConfig, tensors: dict[str, Weight]) -> dict[str, Weight]:
+def _canonical(source: Path, config: ModelConfig, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Drop old rotary buffers and a tied head; add the ``model.`` that checkpoints of the bare LlamaModel lack."""
-    kept = {name: weight for name, weight in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if not any(name.startswith("model.") for name in kept):
-        kept = {name if name == HEAD else f"model.{name}": weight for name, weight in kept.items()}
+        kept = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in kept.items()}
     if config.tie_word_embeddings and HEAD in kept and EMBEDDING in kept:
-        if not equal_bytes(kept[HEAD], kept[EMBEDDING]):
+        if not kept[HEAD].equals(kept[EMBEDDING]):
             raise CheckpointError(
                 f"{source}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
                 "set tie_word_embeddings to false in config.json if the head is meant to be its own"
             )
         del kept[HEAD]
-    return {name: weight.rename(name) for name, weight in kept.items()}
+    return {name: tensor.rename(name) for name, tensor in kept.items()}
 
 
 def _with_generation_config(folder: Path, config: ModelConfig) -> ModelConfig:

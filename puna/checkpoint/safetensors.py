@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -17,15 +18,78 @@ from numpy.typing import NDArray
 
 from puna.checkpoint.recode import encoded_pieces, float_type
 from puna.errors import CheckpointError
-from puna.tensor import QuantType, Weight, quant_type
+from puna.tensor import Weight, quant_type
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000
 _MAX_DIMENSIONS = 8
-_TYPES = {"F32": quant_type("F32"), "F16": quant_type("F16"), "BF16": quant_type("BF16")}
+_COMPARE_BYTES = 1 << 24
+_FLOATS = ("F32", "F16", "BF16")
+# Bytes of a number; the types that quantized folders use beside floats.
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
+_NUMPY = {"F32": "<f4", "F16": "<f2", "I8": "<i1", "U8": "<u1", "I32": "<i4", "I64": "<i8"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a safetensors file holds it: its type's name there, its shape, and its bytes, uint8[n].
+
+    ``source`` is its file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+    source: str = "safetensors"
+
+    @classmethod
+    def from_array(cls, name: str, array: NDArray[Any]) -> StoredTensor:
+        """Of a numpy array of a type that both have."""
+        dtype = next(key for key, code in _NUMPY.items() if np.dtype(code) == array.dtype)
+        return cls(name, dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is a weight as it is, not a part of a quantized one."""
+        return self.dtype in _FLOATS and len(self.shape) > 0
+
+    def weight(self) -> Weight:
+        """As a weight of floats. Raises CheckpointError for other types and for a number without dimensions."""
+        if self.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{self.source}: {self.name} has dtype {self.dtype!r}; supported: {', '.join(_FLOATS)}"
+            )
+        if not self.shape:
+            raise CheckpointError(
+                f"{self.source}: {self.name}: shape must be a list of 1 to {_MAX_DIMENSIONS} sizes, found []"
+            )
+        kind = quant_type(self.dtype)
+        return Weight(self.name, self.shape, kind, self.data.reshape(*self.shape[:-1], kind.row_bytes(self.shape[-1])))
+
+    def array(self) -> NDArray[Any]:
+        """As numpy has it; BF16 as float32, and F8_E4M3 as its bytes, uint8."""
+        if self.dtype == "BF16":
+            return quant_type("BF16").decode(self.data).reshape(self.shape)
+        return np.ascontiguousarray(self.data).view(_NUMPY.get(self.dtype, "u1")).reshape(self.shape)
+
+    def rename(self, name: str) -> StoredTensor:
+        return replace(self, name=name)
+
+    def equals(self, other: StoredTensor) -> bool:
+        """Whether both are stored identically; compared piecewise, for they may be larger than memory."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        pieces = (slice(start, start + _COMPARE_BYTES) for start in range(0, len(self.data), _COMPARE_BYTES))
+        return all(np.array_equal(self.data[piece], other.data[piece]) for piece in pieces)
 
 
 def read_safetensors(path: Path) -> dict[str, Weight]:
+    """Map a file of floats. Raises CheckpointError for tensors of other types, and as map_safetensors."""
+    return {name: tensor.weight() for name, tensor in map_safetensors(path).items()}
+
+
+def map_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Map every tensor of one file. Raises CheckpointError when the header contradicts itself or the file's size."""
     size = path.stat().st_size
     if size < 8:
@@ -64,16 +128,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _map_tensors(path: Path, header: dict[str, Any], buffer: NDArray[np.uint8]) -> dict[str, Weight]:
+def _map_tensors(path: Path, header: dict[str, Any], buffer: NDArray[np.uint8]) -> dict[str, StoredTensor]:
     entries = []
     for name, info in header.items():
-        kind, shape, start, end = _entry(path, name, info)
-        expected = math.prod(shape) // kind.block_size * kind.block_bytes
+        dtype, shape, start, end = _entry(path, name, info)
+        expected = math.prod(shape) * _ITEM_BYTES[dtype]
         if end - start != expected:
             raise CheckpointError(
-                f"{path}: {name}: {kind.name} of shape {shape} needs {expected} bytes, its offsets span {end - start}"
+                f"{path}: {name}: {dtype} of shape {shape} needs {expected} bytes, its offsets span {end - start}"
             )
-        entries.append((start, end, name, kind, shape))
+        entries.append((start, end, name, dtype, shape))
     entries.sort(key=lambda entry: entry[:2])
     position = 0
     for start, end, name, _, _ in entries:
@@ -87,22 +151,24 @@ def _map_tensors(path: Path, header: dict[str, Any], buffer: NDArray[np.uint8]) 
             "it is truncated or padded: fetch it again"
         )
     return {
-        name: Weight(name, shape, kind, buffer[start:end].reshape(*shape[:-1], kind.row_bytes(shape[-1])))
-        for start, end, name, kind, shape in entries
+        name: StoredTensor(name, dtype, shape, buffer[start:end], str(path))
+        for start, end, name, dtype, shape in entries
     }
 
 
-def _entry(path: Path, name: str, info: Any) -> tuple[QuantType, tuple[int, ...], int, int]:
+def _entry(path: Path, name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(info, dict):
         raise CheckpointError(f"{path}: {name}: its header entry is not a JSON object")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _TYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {dtype!r}; supported: {', '.join(_TYPES)}")
-    if not _whole_numbers(shape) or not 0 < len(shape) <= _MAX_DIMENSIONS:
-        raise CheckpointError(f"{path}: {name}: shape must be a list of 1 to {_MAX_DIMENSIONS} sizes, found {shape!r}")
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise CheckpointError(f"{path}: {name} has dtype {dtype!r}; supported: {', '.join(_ITEM_BYTES)}")
+    if not _whole_numbers(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise CheckpointError(
+            f"{path}: {name}: shape must be a list of at most {_MAX_DIMENSIONS} sizes, found {shape!r}"
+        )
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{path}: {name}: data_offsets must be a start and an end, found {offsets!r}")
-    return _TYPES[dtype], tuple(shape), offsets[0], offsets[1]
+    return dtype, tuple(shape), offsets[0], offsets[1]
 
 
 def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
@@ -116,19 +182,48 @@ def write_safetensors(
 
     ``weight_type`` (F32, F16, BF16) re-encodes the matrices; None keeps floats and turns quantized weights into F16.
     """
-    # Types are known only as the tensors stream by, so room for the header is left at the front and padded with spaces.
-    room = sum(len(json.dumps(name)) + 160 for name in tensors) + 64
-    shards: list[_Shard] = []
-    try:
+
+    def entries() -> Iterator[_Entry]:
         for name in tensors:
             weight = tensors[name]
             kind = float_type(weight, weight_type)
             nbytes = math.prod(weight.shape[:-1]) * kind.row_bytes(weight.shape[-1])
-            if not shards or (shards[-1].position and shards[-1].position + nbytes > max_shard_bytes):
+            yield _Entry(name, kind.name, weight.shape, nbytes, encoded_pieces(weight, kind))
+
+    _write(folder, entries(), _room(tensors), max_shard_bytes)
+
+
+def write_stored(
+    folder: Path, names: Iterable[str], tensors: Iterable[StoredTensor], max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """As write_safetensors, tensors as they are; ``names`` are all that may come, known beforehand."""
+    entries = (_Entry(t.name, t.dtype, t.shape, t.data.nbytes, (t.data,)) for t in tensors)
+    _write(folder, entries, _room(names), max_shard_bytes)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: Iterable[NDArray[np.uint8]]
+
+
+def _room(names: Iterable[str]) -> int:
+    """Bytes of the longest header. Types are known only as tensors stream by, so room for it is left at the front."""
+    return sum(len(json.dumps(name)) + 160 for name in names) + 64
+
+
+def _write(folder: Path, entries: Iterable[_Entry], room: int, max_shard_bytes: int) -> None:
+    shards: list[_Shard] = []
+    try:
+        for entry in entries:
+            if not shards or (shards[-1].position and shards[-1].position + entry.nbytes > max_shard_bytes):
                 if shards:
                     shards[-1].close()
                 shards.append(_Shard(folder / f"shard-{len(shards)}.part", room))
-            shards[-1].add(name, weight.shape, kind, encoded_pieces(weight, kind))
+            shards[-1].add(entry)
     finally:
         if shards:
             shards[-1].close()
@@ -155,12 +250,13 @@ class _Shard:
         self.file = path.open("wb")
         self.file.seek(8 + self.room)
 
-    def add(self, name: str, shape: tuple[int, ...], kind: QuantType, pieces: Iterable[NDArray[np.uint8]]) -> None:
+    def add(self, entry: _Entry) -> None:
         start = self.position
-        for piece in pieces:
+        for piece in entry.pieces:
             self.file.write(piece.data if piece.flags.c_contiguous else np.ascontiguousarray(piece).data)
             self.position += piece.nbytes
-        self.header[name] = {"dtype": kind.name, "shape": list(shape), "data_offsets": [start, self.position]}
+        offsets = [start, self.position]
+        self.header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
 
     def close(self) -> None:
         if self.file.closed:

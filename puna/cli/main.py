@@ -27,6 +27,9 @@ COMMANDS: dict[str, str] = {
     "import": "puna.cli.import_model:import_model",
     "pack": "puna.cli.pack:pack",
     "convert": "puna.cli.convert:convert",
+    "data": "puna.cli.data:data",
+    "quantize": "puna.cli.quantize:quantize",
+    "compare": "puna.cli.compare_models:compare_models",
     "bench": "puna.cli.bench:bench",
     "doctor": "puna.cli.doctor:doctor",
 }
@@ -49,7 +52,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(puna.__version__, "-v", "--version", prog_name="puna")
 def cli() -> None:
-    """Run, serve, inspect and convert models of the Llama family on this machine."""
+    """Run, serve, inspect, convert and quantize models of the Llama family on this machine."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -54,11 +54,11 @@ class Repl:
         sampling: dict[str, Any] | None = None,
         verbose: bool = False,
         read: Callable[[str], str] | None = None,
-        open_model: Callable[[str], LLM | RemoteModel] | None = None,
+        open_model: Callable[[str], LLM | RemoteModel],
     ) -> None:
         """``read(prompt)`` gives the next line and raises EOFError at the end; by default it is the terminal's.
 
-        ``open_model`` is how ``/load MODEL`` gets one; by default, it is loaded here.
+        ``open_model`` is how ``/load MODEL`` gets one.
         """
         self.llm = llm
         self.model = model
@@ -69,7 +69,7 @@ class Repl:
         self.verbose = verbose
         self.messages: list[dict[str, Any]] = []
         self._read = read or terminal_reader()
-        self._open_model = open_model or _load_here
+        self._open_model = open_model
 
     def run(self) -> None:
         """Read and answer until the user leaves."""
@@ -234,12 +234,6 @@ class Repl:
         self.llm = self._open_model(name)
         self.model = name
         self.adapter = None  # it was the other model's
-
-
-def _load_here(name: str) -> LLM:
-    from puna.llm import LLM
-
-    return LLM.load(name)
 
 
 def terminal_reader() -> Callable[[str], str]:

@@ -97,19 +97,22 @@ def run(
         return
     from puna.llm import LLM
 
+    def open_model(name: str) -> LLM:
+        return LLM.load(
+            name,
+            context_length=context_length,
+            threads=threads,
+            ops=ops,
+            kv_type=kv_type,
+            speculative=speculative,
+            draft_model=draft_model if name == model else None,  # it has this model's vocabulary
+            packed=packed,
+            cache_dir=cache_dir,
+            cache_size=cache_size,
+        )
+
     started = time.perf_counter()
-    llm = LLM.load(
-        model,
-        context_length=context_length,
-        threads=threads,
-        ops=ops,
-        kv_type=kv_type,
-        speculative=speculative,
-        draft_model=draft_model,
-        packed=packed,
-        cache_dir=cache_dir,
-        cache_size=cache_size,
-    )
+    llm = open_model(model)
     if adapter is not None:
         llm.load_adapter(adapter, adapter)
     load_seconds = time.perf_counter() - started
@@ -125,6 +128,7 @@ def run(
             adapter=adapter,
             sampling=values,
             verbose=verbose,
+            open_model=open_model,
         ).run()
         return
     messages = [{"role": "system", "content": system}] if system is not None else []

@@ -38,18 +38,20 @@ def show(model: str, part: str | None, modelfile: bool, as_json: bool) -> None:
     else:
         for section, values in facts.items():
             if values:
-                _print_section(section, values)
+                _print_section(section, _report_text(values) if section == "report" else values)
 
 
 def model_facts(model: str) -> dict[str, Any]:
     """Everything there is to say about a model, as JSON values by section."""
     from puna.checkpoint import open_checkpoint
+    from puna.evaluate.store import load_report
     from puna.model.shapes import flops_per_token, kv_bytes_per_token, parameter_count
     from puna.store import resolve
 
     found = resolve(model)
     checkpoint = open_checkpoint(found.path)
     config, manifest = checkpoint.config, found.manifest
+    report = load_report(found, checkpoint)
     types = Counter[str]()
     total_bytes = 0
     for weight in checkpoint.tensors.values():
@@ -85,6 +87,7 @@ def model_facts(model: str) -> dict[str, Any]:
         "messages": dict(enumerate(map(": ".join, manifest.messages))) if manifest else {},
         "adapters": {a.name: ", ".join(file.file for file in a.files) for a in manifest.adapters} if manifest else {},
         "template": (manifest.template if manifest else None) or checkpoint.chat_template,
+        "report": report.as_json() if report else None,
         "lineage": vars(manifest.lineage) if manifest and manifest.lineage else None,
     }
 
@@ -100,6 +103,13 @@ def modelfile_text(model: str) -> str:
     manifest = store.find(model)
     template = manifest.template or open_checkpoint(store.path_of(manifest)).chat_template
     return write_modelfile(modelfile_of(manifest, store, template))
+
+
+def _report_text(facts: dict[str, Any]) -> str:
+    from puna.evaluate import Report
+    from puna.evaluate.text import report_lines
+
+    return "\n".join(report_lines(Report.from_json(facts, "the report")))
 
 
 def _print_section(section: str, values: Any) -> None:

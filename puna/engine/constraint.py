@@ -174,6 +174,8 @@ def _mask_words(vocab_size: int) -> int:
 def _reason(matcher: LLMatcher) -> str:
     """What llguidance says, in one line and without the dump of its state or stack that follows."""
     message = re.split("<state>|<backtrace>", str(matcher.get_error()))[0]
+    if "NoExtension" in message:
+        message = "no text satisfies it, such as where a $ref leads to itself"
     if "coerce_one_of" in message:
         message = "oneOf whose alternatives may overlap; write anyOf, or make a property or type tell them apart"
     return " ".join(message.split())[:400]

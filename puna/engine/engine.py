@@ -83,7 +83,9 @@ class Engine:
         self._speculator: Speculator | None = None
         if speculation is not None:
             vocab_size = model.config.vocab_size
-            limits = Limits(num_blocks, block_size, self.context_length, max_batch_tokens, max_sequences, vocab_size)
+            limits = Limits(
+                num_blocks, block_size, self.context_length, max_batch_tokens, max_sequences, vocab_size, kv_type
+            )
             self._speculator = Speculator(speculation, limits, self.scheduler)
         self._ids = itertools.count()
         self._streams: dict[int, Stream] = {}

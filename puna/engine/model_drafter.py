@@ -61,7 +61,7 @@ class ModelDrafter:
         self._pool = BlockPool(limits.num_blocks, limits.block_size)
         self._max_tokens = limits.max_batch_tokens
         self._max_length = min(limits.context_length, model.config.max_position_embeddings)
-        kv = model.ops.new_kv(model.config, limits.num_blocks, limits.block_size)
+        kv = model.ops.new_kv(model.config, limits.num_blocks, limits.block_size, limits.kv_type)
         max_blocks = self._pool.blocks_for(limits.context_length)
         self._runner = Runner(model, kv, limits.max_batch_tokens, limits.max_sequences, max_blocks)
         self._sequences: dict[int, DraftedSequence] = {}

@@ -54,7 +54,7 @@ class Speculation:
 
 
 class Limits(NamedTuple):
-    """The engine's dimensions."""
+    """The engine's dimensions, and what its cache holds numbers as."""
 
     num_blocks: int
     block_size: int
@@ -62,6 +62,7 @@ class Limits(NamedTuple):
     max_batch_tokens: int
     max_sequences: int
     vocab_size: int
+    kv_type: str | None
 
 
 class Lookahead:

@@ -21,6 +21,7 @@ from puna.chat.tools import ToolFormat, tool_format
 from puna.checkpoint import open_checkpoint
 from puna.checkpoint.lora import read_adapter
 from puna.engine import Constraint, Engine, LoadedAdapter, PrefixCache, Request, SamplingParams, Speculation
+from puna.engine.runner import RunnableModel
 from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
@@ -87,9 +88,11 @@ class LLM:
         context = context_length
         if context is None:
             context = min(model.config.max_position_embeddings, DEFAULT_CONTEXT)
+        draft = None if speculation is None else speculation.draft_model
+        with_cache = [model] if draft is None else [model, draft]
         self.engine = Engine(
             model,
-            num_blocks=_cache_blocks(model, context, kv_type, explicit=context_length is not None),
+            num_blocks=_cache_blocks(with_cache, context, kv_type, explicit=context_length is not None),
             context_length=context,
             block_size=BLOCK_SIZE,
             kv_type=kv_type,
@@ -400,10 +403,10 @@ def _texts(given: str | Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def _cache_blocks(model: Model, context_length: int, kv_type: str | None, *, explicit: bool) -> int:
+def _cache_blocks(models: Sequence[RunnableModel], context_length: int, kv_type: str | None, *, explicit: bool) -> int:
     """Room for four full contexts, in at most half of the free memory; pages are only taken when they are used."""
     one_context = -(-context_length // BLOCK_SIZE)
-    block_bytes = model.ops.kv_bytes_per_token(model.config, kv_type) * BLOCK_SIZE
+    block_bytes = BLOCK_SIZE * sum(model.ops.kv_bytes_per_token(model.config, kv_type) for model in models)
     affordable = psutil.virtual_memory().available // 2 // block_bytes
     if affordable < one_context and explicit:
         raise RequestError(

@@ -79,10 +79,10 @@ def bind(config: ModelConfig, tensors: Mapping[str, UploadedWeight]) -> Weights:
     )
 
 
-def transform(
+def run_block(
     ops: Ops, config: ModelConfig, w: Block, x: Array, angles: Array, layer: int, batch: Batch, kv: KVCache
 ) -> Array:
-    """One layer, [T, D] -> [T, D]."""
+    """One layer: hidden states [T, D] -> [T, D]; its keys and values are written to the cache."""
     h = ops.rms_norm(x, w.attention_norm, config.rms_norm_eps)
     q, k, v = ops.linears(h, (w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias))
     h = ops.attend(ops.rope(q, angles), ops.rope(k, angles), v, kv, layer, batch)
@@ -104,11 +104,11 @@ def hidden(
     weights: Weights,
     batch: Batch,
     kv: KVCache,
-    layer_call: Callable[..., Array] = transform,
+    layer_call: Callable[..., Array] = run_block,
 ) -> Array:
     """The normalised hidden state of every token, [T, D]: what the head reads.
 
-    ``layer_call`` is called in place of ``transform``, which it calls: to compute a layer again in the backward pass,
+    ``layer_call`` is called in place of ``run_block``, which it calls: to compute a layer again in the backward pass,
     or to gather its weights before.
     """
     frequencies, scale = inverse_frequencies(config, batch)

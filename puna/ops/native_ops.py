@@ -24,7 +24,9 @@ from puna.ops.packed_file import PackedFile, PackedMatrix, packed_error
 from puna.ops.protocol import Batch, KVCache, Sampled, SamplingRow, UploadedWeight
 from puna.ops.threads import default_threads
 from puna.tensor import QUANT_TYPES, LowRank, Weight
+from puna.tensor.mapped import drop_mapped_pages
 from puna.tensor.types import QuantType
+from puna.tensor.widen import as_q8_0
 
 Floats = NDArray[np.float32]
 Angles = tuple[Floats, Floats]
@@ -103,7 +105,7 @@ class NativeOps:
     def weight(self, weight: Weight) -> UploadedWeight:
         if len(weight.shape) != 2:
             return np.ascontiguousarray(weight.dequantize())
-        return NativeWeight(weight.name, (weight.shape[0], weight.shape[1]), weight)
+        return NativeWeight(weight.name, (weight.shape[0], weight.shape[1]), _readable(weight))
 
     def low_rank(self, change: LowRank) -> NativeChange:
         return np.ascontiguousarray(change.a), np.ascontiguousarray(change.b.T), change.scale
@@ -132,6 +134,7 @@ class NativeOps:
 
     def pack(self, weight: Weight, destination: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """The panels of a matrix, in zeros at a multiple of 64 bytes that are given or made."""
+        weight = _readable(weight)
         kind, (rows, columns) = weight.type.gguf_id, weight.shape
         if destination is None:
             destination = _untouched_zeros(_native.packed_bytes(kind, rows, columns))
@@ -141,8 +144,8 @@ class NativeOps:
     def packed_matrix(self, weight: Weight) -> PackedMatrix:
         """What a packed file says of a matrix, its place left open."""
         rows, columns = weight.shape
-        size = _native.packed_bytes(weight.type.gguf_id, rows, columns)
-        return PackedMatrix(weight.name, weight.type.name, rows, columns, 0, size)
+        kind = weight.type if _has_kernels(weight.type) else QUANT_TYPES["Q8_0"]
+        return PackedMatrix(weight.name, kind.name, rows, columns, 0, _native.packed_bytes(kind.gguf_id, rows, columns))
 
     def packed_weight(self, file: PackedFile, matrix: PackedMatrix, rows: Weight | None = None) -> UploadedWeight:
         """A matrix of a packed file, ready for use. ``rows``: its encoded rows, for a table that tokens look up.
@@ -155,7 +158,7 @@ class NativeOps:
         if not 0 < matrix.size == _native.packed_bytes(kind, matrix.rows, matrix.columns):
             raise packed_error(file.path, f"{matrix.name} has {matrix.size} bytes, which its shape does not call for")
         panels = _native.Panels(kind, matrix.rows, matrix.columns, file.panels(matrix))
-        return NativeWeight(matrix.name, (matrix.rows, matrix.columns), rows, panels)
+        return NativeWeight(matrix.name, (matrix.rows, matrix.columns), rows and _readable(rows), panels)
 
     def new_kv(
         self, config: ModelConfig, num_blocks: int, block_size: int, kv_type: str | None = None
@@ -274,9 +277,18 @@ class NativeOps:
         kind, (rows, columns) = w.source.type.gguf_id, w.shape
         packed = self.pack(w.source, self._panel_memory.take(_native.packed_bytes(kind, rows, columns)))
         w.panels = _native.Panels(kind, rows, columns, packed)
-        if not _drop_mapped_pages(w.source.data) and not w.looked_up:
+        if not drop_mapped_pages(w.source.data) and not w.looked_up:
             w.source = None  # no file behind it: free the memory
         return w.panels
+
+
+def _has_kernels(kind: QuantType) -> bool:
+    return int(_native.packed_bytes(kind.gguf_id, 1, kind.block_size)) > 0
+
+
+def _readable(weight: Weight) -> Weight:
+    """The weight in an encoding that kernels read."""
+    return weight if _has_kernels(weight.type) else as_q8_0(weight)
 
 
 class _Compiled:
@@ -338,19 +350,3 @@ def _untouched_zeros(size: int) -> NDArray[np.uint8]:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
-
-
-def _drop_mapped_pages(data: NDArray[np.uint8]) -> bool:
-    """Tell the system that these pages of a mapped file are not needed soon. False when no file is behind them."""
-    owner: Any = data
-    while isinstance(owner, np.ndarray | memoryview):
-        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
-    if not isinstance(owner, mmap.mmap):
-        return False
-    if hasattr(mmap, "MADV_DONTNEED"):
-        start = data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # pages that lie wholly within
-        length = (start + data.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        if length > 0:
-            owner.madvise(mmap.MADV_DONTNEED, first, length)
-    return True

@@ -15,10 +15,7 @@ _MISSING = "this server needs a key: send it as `Authorization: Bearer KEY` or `
 
 
 class Auth:
-    """Lets in requests that have the key they need; ``scope["state"]`` then has ``tenant`` and ``is_admin``.
-
-    Without keys, everybody is the admin and the tenant is "".
-    """
+    """Lets in requests that have the key they need; ``scope["state"]`` then has the ``tenant``, "" without keys."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self.app = app
@@ -29,8 +26,7 @@ class Auth:
             return await self.app(scope, receive, send)
         policy = policy_of(scope["method"], scope["path"])
         key: Key | None = None
-        required = self.keys.required
-        if required:
+        if self.keys.required:
             secrets = _secrets(scope)
             key = next(filter(None, map(self.keys.find, secrets)), None)
             if key is None and policy != "open":
@@ -39,9 +35,7 @@ class Auth:
             if key is not None and policy == "admin" and key.scope != "admin":
                 message = f"the key {key.name} may use models, but this needs a key of the scope admin"
                 return await refuse(scope, receive, send, 403, message)
-        state = scope.setdefault("state", {})
-        state["tenant"] = "" if key is None else key.name
-        state["is_admin"] = not required or (key is not None and key.scope == "admin")
+        scope.setdefault("state", {})["tenant"] = "" if key is None else key.name
         return await self.app(scope, receive, send)
 
 
@@ -51,15 +45,8 @@ def tenant_of(request: Request) -> str:
     return tenant
 
 
-def is_admin(request: Request) -> bool:
-    """Whether a request may see and change what belongs to others."""
-    admin: bool = request.state.is_admin
-    return admin
-
-
-# The types of a route's parameters that are filled with these.
+# The type of a route's parameter that is filled with it.
 Tenant = Annotated[str, Depends(tenant_of)]
-IsAdmin = Annotated[bool, Depends(is_admin)]
 
 
 def _secrets(scope: Scope) -> list[bytes]:

@@ -30,7 +30,7 @@ class ModelGauges(Collector):
             running.add_metric([model.name], len(scheduler.running))
             waiting.add_metric([model.name], len(scheduler.waiting))
             usage.add_metric([model.name], 1 - pool.available / pool.num_blocks)
-            memory.add_metric([model.name], model.memory.total)
+            memory.add_metric([model.name], model.num_bytes)
         return families
 
 

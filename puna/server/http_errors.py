@@ -112,11 +112,19 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         problem = _worst(error.errors())
+        if isinstance(problem.get("input"), bytes):  # it was not read as JSON
+            kind = request.headers.get("content-type", "none")[:80]
+            message = f"the body must come with the header Content-Type: application/json, found {kind}"
+            return json_response(error_body(request.url.path, 400, message), 400)
         return json_response(error_body(request.url.path, 400, _explain(problem), _place(problem) or None), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
+        if isinstance(error.__cause__, UnicodeDecodeError):  # of a body that FastAPI could not read
+            message = f"the body is not UTF-8: {error.__cause__.reason} at byte {error.__cause__.start}"
+        elif isinstance(error.__cause__, RecursionError):
+            message = "the body is nested too deeply"
         return json_response(error_body(request.url.path, error.status_code, message), error.status_code, error.headers)
 
     @app.exception_handler(MemoryError)
@@ -165,8 +173,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"the field {place} is not known here; remove it"
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem['ctx']['error']} at character {problem['loc'][-1]}"
-    if problem["type"] == "missing" and place:
-        return f"the field {place} is missing"
+    if problem["type"] == "missing":
+        return f"the field {place} is missing" if place else "the body is missing; send a JSON object"
     found = repr(problem.get("input"))
     found = found if len(found) <= 80 else found[:77] + "..."
     where = f"the field {place}" if place else "the body"

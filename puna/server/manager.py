@@ -28,6 +28,7 @@ from puna.server.settings import ServerSettings
 from puna.store import Manifest, ResolvedModel, Store, resolve_stored
 
 FREE_SHARE = 0.9  # of the memory that is free at the start; the rest is the system's
+RETRY_SECONDS = 5.0  # for who asks for an adapter that has no room now
 
 
 @dataclass(eq=False)
@@ -56,6 +57,11 @@ class ServedModel:
         seconds = min(self.expires - time.monotonic(), 100 * 365 * 86400.0)
         return datetime.now(timezone.utc) + timedelta(seconds=max(0.0, seconds))
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it may take, with the adapters that are loaded."""
+        return self.memory.total + sum(adapter.nbytes for adapter in self.llm.engine.adapters.values())
+
 
 class Manager:
     """Owns the loaded models. All of it runs in the event loop; loading itself in a worker thread."""
@@ -79,7 +85,7 @@ class Manager:
         self._loading = asyncio.Lock()
         self._adapting = asyncio.Lock()
         self._released = asyncio.Event()
-        self._blocked: set[object] = set()
+        self._blocked: dict[object, str | None] = {}  # loads that wait: for this model to be free, or for room
         self._unblocked = asyncio.Event()
         self._unblocked.set()
         self._alarm: asyncio.TimerHandle | None = None
@@ -90,6 +96,11 @@ class Manager:
         """The models in memory, the one used last first."""
         return sorted(self._models.values(), key=lambda model: -model.last_used)
 
+    @property
+    def blocked(self) -> bool:
+        """Whether a load waits for models in use."""
+        return bool(self._blocked)
+
     @asynccontextmanager
     async def use(
         self, name: str, *, keep_alive: float | None = None, context_length: int | None = None
@@ -98,17 +109,18 @@ class Manager:
 
         ``name`` is a stored model's, or ``base:adapter``. ``context_length`` is what it must hold at least. Raises
         StoreError for an unknown name, CapacityError when it cannot be in memory, and what loading raises.
+
+        Must not be nested. While a load waits for models in use to end, who comes later for one of those waits behind
+        it: otherwise a model that is always busy would keep all others out.
         """
         manifest, adapter = await asyncio.to_thread(self.adapters.resolve, name)
+        if any(in_the_way in (None, _key(manifest)) for in_the_way in self._blocked.values()):
+            await self._unblocked.wait()
         model = await self._acquire(manifest, context_length)
         try:
             yield model if adapter is None else await self._with_adapter(model, adapter)
         finally:
             self._release(model, self.settings.keep_alive if keep_alive is None else keep_alive)
-
-    async def make_way(self) -> None:
-        """Return when no load waits for models in use: for work that can wait and would otherwise never let go."""
-        await self._unblocked.wait()
 
     async def stop(self, name: str) -> bool:
         """Unload a model now, or as soon as nobody uses it; whether it was loaded. Raises StoreError."""
@@ -163,11 +175,11 @@ class Manager:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
                 if not await asyncio.shield(task):
-                    self._blocked.add(token)
+                    self._blocked[token] = _key(manifest) if _key(manifest) in self._models else None
                     self._unblocked.clear()
                     await released.wait()
         finally:
-            self._blocked.discard(token)
+            self._blocked.pop(token, None)
             if not self._blocked:
                 self._unblocked.set()
 
@@ -177,7 +189,13 @@ class Manager:
         async with self._adapting:
             if adapter.name not in llm.adapters:
                 found = await asyncio.to_thread(read_adapter, adapter.path, llm.config)
-                await self._engine_thread.call(lambda: llm.engine.load_adapter(adapter.name, found))
+                async with self._loading:
+                    if not await self._make_room(found.nbytes, model):
+                        raise CapacityError(
+                            f"there is no room for the adapter {adapter.model} beside the models in use; try later",
+                            RETRY_SECONDS,
+                        )
+                    await self._engine_thread.call(lambda: llm.engine.load_adapter(adapter.name, found))
         return replace(model, adapter=adapter.name)
 
     async def _load(self, manifest: Manifest, context_length: int | None) -> bool:
@@ -193,7 +211,8 @@ class Manager:
             found = await asyncio.to_thread(resolve_stored, manifest, self.store)
             context = await asyncio.to_thread(self._context, found, manifest, context_length)
             memory = await asyncio.to_thread(self._estimate, found, context)
-            if not await self._make_room(_key(manifest), memory):
+            self._check_size(_key(manifest), memory)
+            if not await self._make_room(memory.total):
                 return False
             started = time.perf_counter()
             llm = await asyncio.to_thread(self._load_llm, found, context)
@@ -228,20 +247,25 @@ class Manager:
     def _estimate(self, found: ResolvedModel, context: int | None) -> MemoryEstimate:
         return estimate_memory(self.ops, found, context or DEFAULT_CONTEXT, self.settings.kv_type, CACHED_CONTEXTS)
 
-    async def _make_room(self, name: str, memory: MemoryEstimate) -> bool:
-        """Unload idle models, the least recently used first, until there is room; False when those in use bar the way.
-
-        Raises CapacityError for a model that could not be loaded into the whole budget.
-        """
+    def _check_size(self, name: str, memory: MemoryEstimate) -> None:
+        """Raises CapacityError for a model that could not be loaded into the whole budget."""
         if memory.weights + memory.overhead > self.budget:
             raise CapacityError(
                 f"{name} needs {_gigabytes(memory.weights + memory.overhead)} of memory for its weights, more than the "
                 f"{_gigabytes(self.budget)} that models may use; choose a smaller or more strongly quantized model"
             )
+
+    async def _make_room(self, num_bytes: int, owner: ServedModel | None = None) -> bool:
+        """Unload idle models, the least recently used first, until there is room; False when those in use bar the way.
+
+        For another model, or for more of ``owner``, which is in use. One that is alone may exceed the budget: its cache
+        is made smaller where memory is short.
+        """
         while True:
-            used = sum(model.memory.total for model in self._models.values())
-            enough = not self._models or used + memory.total <= self.budget
-            if enough and len(self._models) < self.settings.max_loaded:
+            used = sum(model.num_bytes for model in self._models.values())
+            alone = not self._models or list(self._models.values()) == [owner]
+            has_place = owner is not None or len(self._models) < self.settings.max_loaded
+            if has_place and (alone or used + num_bytes <= self.budget):
                 return True
             idle = [model for model in self._models.values() if not model.leases]
             if not idle:

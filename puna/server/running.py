@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from puna.errors import RequestError
+from puna.server.connections import HttpProtocol
 from puna.server.cors import is_loopback
 from puna.server.keys import KeyFile
 from puna.server.service import Service
@@ -22,6 +23,7 @@ from puna.store import Store
 
 DRAIN_SECONDS = 30.0
 CLOSE_SECONDS = 5
+KEEP_ALIVE_SECONDS = 75  # of idle connections: longer than clients keep them, so that none is closed as it is used
 
 
 def check_settings(settings: ServerSettings, store: Store) -> None:
@@ -69,12 +71,14 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
         config = uvicorn.Config(
             app,
+            http=HttpProtocol,
             ssl_certfile=settings.tls_cert,
             ssl_keyfile=settings.tls_key,
             log_config=None,
             access_log=False,
             ws="none",
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
         super().__init__(config)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from puna.errors import StoreError
 from puna.store.disk import CHUNK, check_space, digest_file, disk_errors
@@ -26,11 +28,13 @@ def import_file(
     replace: bool = False,
     licence: str | None = None,
     lineage: Lineage | None = None,
+    report: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Store a .gguf file (with its other parts), a .safetensors file (with its configuration) or a checkpoint folder.
 
     On the same disk each file becomes a hard link: no bytes are copied, and changing the original in place damages
-    the model (``verify`` tells). ``copy`` copies in any case. ``name`` defaults to the file's. Raises StoreError when
+    the model (``verify`` tells). ``copy`` copies in any case. ``name`` defaults to the file's. ``report`` is kept with
+    it. Raises StoreError when
     there is no model, when the name is taken and ``replace`` is false, or when a file changes while it is read.
     """
     store, progress = store or Store(), progress or Silent()
@@ -45,7 +49,15 @@ def import_file(
     def make() -> Manifest:
         with disk_errors(path):
             stored = tuple(take_file(store, folder / file, progress, copy) for file in files)
-        made = Manifest(model_name.name, model_name.tag, stored, licence=licence, source=str(path), lineage=lineage)
+        made = Manifest(
+            model_name.name,
+            model_name.tag,
+            stored,
+            licence=licence,
+            source=str(path),
+            lineage=lineage,
+            report=report,
+        )
         if existing is None or existing.content_digest != made.content_digest:
             return made
         # Imported again: keep the template, system prompt and parameters that it was given since.
@@ -54,6 +66,7 @@ def import_file(
             source=made.source,
             licence=licence or existing.licence,
             lineage=lineage or existing.lineage,
+            report=report or existing.report,
         )
 
     return store.add(make, replace=replace)

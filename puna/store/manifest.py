@@ -15,7 +15,7 @@ from puna.errors import StoreError
 from puna.store.names import ModelName
 
 SCHEMA = 2
-_SINCE_2 = ("messages", "licence_texts", "adapters")
+_SINCE_2 = ("messages", "licence_texts", "adapters", "report")
 MESSAGE_ROLES = ("system", "user", "assistant")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}")
@@ -63,7 +63,7 @@ class Manifest:
     override what the files say; ``parameters`` are defaults for generation by ollama's names (``num_ctx``, ``stop`` …).
     ``licence`` is an identifier, ``licence_texts`` are whole licences. ``messages`` (role, text) begin every chat.
     ``adapters`` lie beside the weights and are no part of them. ``source`` says where the files came from; ``created``
-    is UTC in ISO 8601.
+    is UTC in ISO 8601. ``report`` says, as JSON values, what the model lost when it was made from another one.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Manifest:
     messages: tuple[tuple[str, str], ...] = ()
     licence_texts: tuple[str, ...] = ()
     adapters: tuple[StoredAdapter, ...] = ()
+    report: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @property
     def model_name(self) -> ModelName:
@@ -152,6 +153,7 @@ class Manifest:
             messages=reader.messages(raw.get("messages", [])),
             licence_texts=reader.texts(raw.get("licence_texts", []), "licence_texts"),
             adapters=reader.adapters(raw.get("adapters", [])),
+            report=reader.report(raw.get("report")),
         )
 
 
@@ -217,6 +219,17 @@ class _Reader:
         for item in raw:
             self.check("adapters", isinstance(item, dict) and item.keys() == {"name", "files"})
         return tuple(StoredAdapter(self.text(item, "name"), self.files(item["files"])) for item in raw)
+
+    def report(self, raw: Any) -> Mapping[str, Any] | None:
+        """What is in it is checked by those who show it; here it need only be JSON that can be written again."""
+        if raw is None:
+            return None
+        self.check("report", isinstance(raw, dict))
+        try:
+            json.dumps(raw, allow_nan=False)
+        except ValueError:
+            raise self.error("report has a number that is none") from None
+        return dict(raw)
 
     def lineage(self, raw: Any) -> Lineage | None:
         if raw is None:

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from puna.errors import CheckpointError
 
+Scaled = tuple[NDArray[np.float32], NDArray[np.int8]]  # scales [blocks, groups], codes [blocks, numbers]
+
 _BEYOND = np.float32(1e8)  # 65504 times the largest scale and code of any type
 
 
@@ -28,6 +30,25 @@ def pack(fields: NDArray[np.integer], width: int, run: int) -> NDArray[np.uint8]
     split = fields.reshape(len(fields), -1, len(shifts), run) << shifts
     packed: NDArray[np.uint8] = np.bitwise_or.reduce(split, axis=2)
     return packed.reshape(len(fields), -1)
+
+
+def multiply(scales: NDArray[np.float32], codes: NDArray[np.int8]) -> NDArray[np.float32]:
+    """Each code times its group's scale: float32[blocks, numbers]."""
+    grouped = codes.reshape(*scales.shape, -1)
+    return (scales[..., None] * grouped).reshape(codes.shape)
+
+
+def fields(packed: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Fields of ``width`` bits, those of one byte side by side, the lowest first: uint8[..., bytes * 8 / width]."""
+    split: NDArray[np.uint8] = packed[..., None] >> np.arange(0, 8, width, dtype=np.uint8) & np.uint8((1 << width) - 1)
+    return split.reshape(*packed.shape[:-1], -1)
+
+
+def join(split: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """The inverse of fields: uint8[..., bytes]."""
+    grouped = split.reshape(*split.shape[:-1], -1, 8 // width) << np.arange(0, 8, width, dtype=np.uint8)
+    joined: NDArray[np.uint8] = np.ascontiguousarray(np.bitwise_or.reduce(grouped, axis=-1))
+    return joined
 
 
 def halves(blocks: NDArray[np.uint8], at: int) -> NDArray[np.float32]:

@@ -101,6 +101,7 @@ class QuantType:
 
 _FLOATS, _LEGACY = "puna.tensor.floats", "puna.tensor.legacy"
 _KQUANTS, _IQUANTS = "puna.tensor.kquants", "puna.tensor.iquants"
+_CODEBOOKS, _SMALL = "puna.tensor.codebook_quants", "puna.tensor.small_floats"
 
 QUANT_TYPES: dict[str, QuantType] = {
     t.name: t
@@ -121,6 +122,16 @@ QUANT_TYPES: dict[str, QuantType] = {
         QuantType("Q8_K", 256, 292, 15, _KQUANTS),
         QuantType("IQ4_NL", 32, 18, 20, _IQUANTS),
         QuantType("IQ4_XS", 256, 136, 23, _IQUANTS),
+        QuantType("IQ2_XXS", 256, 66, 16, _CODEBOOKS),
+        QuantType("IQ2_XS", 256, 74, 17, _CODEBOOKS),
+        QuantType("IQ2_S", 256, 82, 22, _CODEBOOKS),
+        QuantType("IQ3_XXS", 256, 98, 18, _CODEBOOKS),
+        QuantType("IQ3_S", 256, 110, 21, _CODEBOOKS),
+        QuantType("IQ1_S", 256, 50, 19, _CODEBOOKS),
+        QuantType("IQ1_M", 256, 56, 29, _CODEBOOKS),
+        QuantType("TQ1_0", 256, 54, 34, _SMALL),
+        QuantType("TQ2_0", 256, 66, 35, _SMALL),
+        QuantType("MXFP4", 32, 17, 39, _SMALL),
     )
 }
 

@@ -93,6 +93,12 @@ class Tokenizer:
             encoded.append(ids)
         return encoded
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of text that goes on after other tokens, as a model writes it: no space is put before it."""
+        ids: list[int] = []
+        self._encode_segment(_without_surrogates(text), False, ids, continued=True)
+        return ids
+
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         """The text of ``ids`` as UTF-8 bytes; the last character may be incomplete.
 
@@ -165,10 +171,10 @@ class Tokenizer:
     def _user_defined_pattern(self) -> re.Pattern[str] | None:
         return _any_of(self._user_defined)
 
-    def _encode_segment(self, text: str, at_start: bool, ids: list[int]) -> None:
+    def _encode_segment(self, text: str, at_start: bool, ids: list[int], continued: bool = False) -> None:
         """Append the ids of text without control tokens; user-defined tokens are always found, as in the references."""
         if self.vocabulary.kind != "bpe":
-            text = self._with_spaces_marked(text, at_start)
+            text = self._with_spaces_marked(text, at_start, continued)
         for part, token in _cut(text, self._user_defined_pattern, self._user_defined):
             if token is not None:
                 ids.append(token)
@@ -185,17 +191,18 @@ class Tokenizer:
                 raise
             raise TokenizerError(f"the tokenizer's pattern can't cut this text of {len(text)} characters") from None
 
-    def _with_spaces_marked(self, text: str, at_start: bool) -> str:
+    def _with_spaces_marked(self, text: str, at_start: bool, continued: bool) -> str:
         """SentencePiece's normalization: character map, whitespace, the space before the text, ▁ for each space."""
         rules = self.vocabulary
         if self._charsmap is not None:
             text = self._charsmap.normalize_str(text)
         if rules.remove_extra_whitespaces:
-            text = re.sub(" {2,}", " ", text).lstrip(" ")
+            text = re.sub(" {2,}", " ", text)
+            text = text if continued else text.lstrip(" ")
         text = text.replace(" ", SPACE)
         if rules.remove_extra_whitespaces:
             text = text.rstrip(SPACE)
-        if not text or rules.space_prefix == "never" or (rules.space_prefix == "first" and not at_start):
+        if continued or not text or rules.space_prefix == "never" or (rules.space_prefix == "first" and not at_start):
             return text
         if rules.space_prefix != "segment" and text.startswith(SPACE):
             return text

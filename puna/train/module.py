@@ -160,7 +160,7 @@ class LlamaModule(nn.Module):
         return _Trained(self)
 
     def _hidden(self, weights: llama.Weights, batch: Batch) -> Tensor:
-        call: Callable[..., Any] = llama.transform
+        call: Callable[..., Any] = llama.run_block
         if self.recompute and torch.is_grad_enabled():
             call = _recomputed
         hidden: Tensor = llama.hidden(self.ops, self.config, weights, batch, NoCache(self.config.head_dim), call)
@@ -245,7 +245,7 @@ def _is_target(name: str, targets: tuple[str, ...]) -> bool:
 
 
 def _recomputed(*arguments: Any) -> Tensor:
-    x: Tensor = checkpoint(llama.transform, *arguments, use_reentrant=False)
+    x: Tensor = checkpoint(llama.run_block, *arguments, use_reentrant=False)
     return x
 
 

@@ -136,7 +136,9 @@ def converse(llm: LLM, lines: list[str], **options) -> Repl:
             raise KeyboardInterrupt
         return line
 
-    repl = Repl(llm, "smollm2", sampling={"temperature": 0, "max_tokens": 16}, read=read, **options)
+    repl = Repl(
+        llm, "smollm2", sampling={"temperature": 0, "max_tokens": 16}, read=read, open_model=LLM.load, **options
+    )
     repl.run()
     return repl
 
@@ -200,7 +202,7 @@ def test_mistakes_in_the_conversation_are_told_and_survived(llm: LLM, home: Path
 
 
 def test_ctrl_c_stops_the_answer_not_the_program(llm: LLM, home: Path, capsys, monkeypatch) -> None:
-    repl = Repl(llm, "smollm2", sampling={"temperature": 0}, read=lambda _: "")
+    repl = Repl(llm, "smollm2", sampling={"temperature": 0}, read=lambda _: "", open_model=LLM.load)
 
     def interrupted():
         chunks = llm.chat([{"role": "user", "content": "Count to a thousand."}], temperature=0, stream=True)

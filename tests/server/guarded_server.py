@@ -12,7 +12,7 @@ from running_server import RunningServer
 
 from puna.engine import SamplingParams
 from puna.server.asking import Ask, text_pieces
-from puna.server.auth import IsAdmin, Tenant
+from puna.server.auth import Tenant
 from puna.server.service import Service, TheService
 from puna.store import Store
 
@@ -45,10 +45,10 @@ async def generate(service: TheService, tenant: Tenant, body: dict[str, Any] = B
 
 
 @router.post("/api/show")
-async def echo(tenant: Tenant, is_admin: IsAdmin, body: Any = Body()) -> dict[str, Any]:  # noqa: B008
+async def echo(tenant: Tenant, body: Any = Body()) -> dict[str, Any]:  # noqa: B008
     if body == "fail":
         raise ZeroDivisionError("secret detail")
-    return {"tenant": tenant, "is_admin": is_admin, "length": len(str(body))}
+    return {"tenant": tenant, "length": len(str(body))}
 
 
 @router.post("/api/pull")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,22 @@ def test_seeds_repeat(http: httpx.Client) -> None:
     first, second = (post(http, "/api/generate", **body, options=options)["response"] for _ in range(2))
     other = post(http, "/api/generate", **body, options={**options, "seed": 4})["response"]
     assert first == second != other
+
+
+def test_the_same_seed_gives_the_same_text_beside_31_others(http: httpx.Client) -> None:
+    def ask(seed: int, stream: bool) -> str:
+        options = {"seed": seed, "temperature": 1.5, "num_predict": 24}
+        body: dict[str, Any] = {"model": "stories", "prompt": "Once " * (1 + seed % 3), "options": options}
+        if stream:
+            return "".join(line["response"] for line in lines(http, "/api/generate", **body))
+        text: str = post(http, "/api/generate", **body, stream=False)["response"]
+        return text
+
+    alone = [ask(seed, False) for seed in (3, 4)]
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(ask, range(32), [False, True] * 16))
+    assert found[3:5] == alone
+    assert len(set(found)) > 16
 
 
 def test_the_documentation_has_every_route(http: httpx.Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,14 @@ from openai_schemas import check
 from running_server import RunningServer
 from tiny_models import random_adapter
 
+from puna.checkpoint.lora import read_adapter
+from puna.errors import CapacityError
 from puna.llm import LLM
 from puna.llm.create import create
+from puna.server.engine_thread import EngineThread
+from puna.server.manager import Manager
 from puna.server.policy import policy_of
+from puna.server.settings import ServerSettings
 from puna.store import Store
 
 BODY = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 40}
@@ -97,6 +103,52 @@ def test_an_adapter_comes_back_with_its_model(http: httpx.Client, expected: dict
     while http.get("/api/ps").json()["models"]:
         pass
     assert tell(http, "stories:one") == expected["stories:one"]
+
+
+def test_their_memory_counts_as_their_model_s(http: httpx.Client, shared_data: Path, folder: Path) -> None:
+    assert http.post("/v1/completions", json={**BODY, "model": "stories"}).status_code == 200
+    (alone,) = http.get("/api/ps").json()["models"]
+    assert alone["adapters"] == []
+    assert load(http, "stories:one", "one").status_code == 200
+    (loaded,) = http.get("/api/ps").json()["models"]
+    with LLM.load(shared_data / "weights" / "stories260K" / "stories260K.gguf") as llm:
+        nbytes = read_adapter(folder / "one", llm.config).nbytes
+    assert nbytes > 0
+    assert loaded["size"] - alone["size"] == nbytes
+    assert loaded["adapters"] == ["one"]
+
+
+def test_one_without_room_beside_models_in_use_is_refused(model_store: Store, folder: Path) -> None:
+    model_store.copy("stories", "other")
+
+    async def use() -> None:
+        settings = ServerSettings(adapter_dir=folder, memory_budget=1 << 40)
+        thread = EngineThread()
+        manager = Manager(model_store, settings, thread)
+        adapter = manager.adapters.make("stories", "one", "one")
+        async with manager.use("other") as other:
+            async with manager.use("stories") as model:
+                manager.budget = other.num_bytes + model.num_bytes
+            with pytest.raises(CapacityError, match="no room for the adapter stories:one"):
+                await manager.add_adapter(adapter)
+            assert manager.adapters.added() == []
+        await manager.add_adapter(adapter)  # in place of the other model
+        assert [model.name for model in manager.loaded()] == ["stories:latest"]
+        await manager.close()
+        await thread.close()
+
+    try:
+        asyncio.run(use())
+    finally:
+        model_store.remove("other")
+
+
+def test_ollama_s_api_shows_them(http: httpx.Client) -> None:
+    assert load(http, "stories:one", "one").status_code == 200
+    base, adapted = (http.post("/api/show", json={"model": name}).json() for name in ("stories", "stories:one"))
+    assert adapted["details"].pop("parent_model") == "stories:latest"
+    assert base["details"].pop("parent_model") == ""
+    assert adapted == base
 
 
 @pytest.mark.parametrize(

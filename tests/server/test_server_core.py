@@ -169,14 +169,95 @@ def test_models_are_loaded_once_and_evicted_least_recently_used(model_store: Sto
             for _ in range(20):
                 await service.engine_thread.call(lambda: None)
             assert not waiting.done()
-            way = asyncio.create_task(manager.make_way())
-            await asyncio.sleep(0)
-            assert not way.done()
         await waiting
-        await way
         assert "two:latest" in [model.name for model in manager.loaded()]
 
     with_service(model_store, use, max_loaded=2)
+
+
+@pytest.mark.parametrize("wanted", [("other", None), ("stories", 256)], ids=["another model", "a longer context"])
+def test_a_model_that_is_always_busy_keeps_no_load_waiting_for_ever(
+    model_store: Store, wanted: tuple[str, int | None]
+) -> None:
+    model_store.copy("stories", "other")
+    name, context_length = wanted
+    order: list[str] = []
+
+    async def use(service: Service) -> None:
+        manager = service.manager
+
+        async def late(number: int) -> None:
+            async with manager.use("stories"):
+                order.append(f"late {number}")
+
+        async def load() -> None:
+            async with manager.use(name, context_length=context_length):
+                order.append("load")
+
+        async with manager.use("stories"):
+            loading = asyncio.create_task(load())
+            while not manager.blocked:
+                await asyncio.sleep(0)
+            others = [asyncio.create_task(late(number)) for number in range(3)]
+            for _ in range(20):
+                await service.engine_thread.call(lambda: None)
+            assert order == []
+        await asyncio.gather(loading, *others)
+        assert order[0] == "load"
+        assert len(order) == 4
+
+    try:
+        with_service(model_store, use, max_loaded=1, context_length=128)
+    finally:
+        model_store.remove("other")
+
+
+def test_a_reload_holds_no_other_model_up(model_store: Store) -> None:
+    model_store.copy("stories", "other")
+
+    async def use(service: Service) -> None:
+        manager = service.manager
+
+        async def reload() -> None:
+            async with manager.use("stories", context_length=256):
+                pass
+
+        async with manager.use("stories"):
+            loading = asyncio.create_task(reload())
+            while not manager.blocked:
+                await asyncio.sleep(0)
+            async with manager.use("other"):
+                assert not loading.done()
+        await loading
+
+    try:
+        with_service(model_store, use, max_loaded=2, context_length=128)
+    finally:
+        model_store.remove("other")
+
+
+def test_who_waits_for_room_and_leaves_lets_others_go_on(model_store: Store) -> None:
+    model_store.copy("stories", "other")
+
+    async def use(service: Service) -> None:
+        manager = service.manager
+
+        async def touch(name: str) -> None:
+            async with manager.use(name):
+                pass
+
+        async with manager.use("stories"):
+            loading = asyncio.create_task(touch("other"))
+            while not manager.blocked:
+                await asyncio.sleep(0)
+            late = asyncio.create_task(touch("stories"))
+            loading.cancel()
+            await late  # while the first lease goes on
+
+    try:
+        with_service(model_store, use, max_loaded=1)
+    finally:
+        model_store.remove("other")
 
 
 def test_keep_alive_of_zero_unloads(model_store: Store) -> None:

@@ -1,6 +1,7 @@
 """What callers rely on: control tokens, spaces, bytes, ids."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,21 @@ def test_chosen_segments_equal_parsed_text(llama2: Tokenizer, llama3: Tokenizer)
         typed = tokenizer.encode(f"I typed {mark}")
         assert [token for part in parts for token in part] == tokenizer.encode(text, parse_special=True) + typed
         assert tokenizer.eos_id not in typed
+
+
+@pytest.mark.parametrize("named", ALL, indirect=True)
+def test_a_continuation_adds_exactly_its_text(named: Tokenizer) -> None:
+    for text in (" Paris.", "Paris.", "  two", "\nline", "ünd 👍🏽", ""):
+        ids = named.encode_continuation(text)
+        expected = re.sub(" +", " ", text) if named.vocabulary.remove_extra_whitespaces else text
+        assert b"".join(map(named.token_bytes, ids)).decode() == expected
+
+
+def test_a_continuation_is_what_sentencepiece_makes_of_text_within_text(
+    llama2: Tokenizer, tokenizer_data: Path
+) -> None:
+    """No piece of Llama 2's spans a line break, so what follows one is encoded as a continuation is."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_data / "llama2.tokenizer.model"))
+    for text in (" Paris.", "Paris.", "  two", "ünd 👍🏽", "word word"):
+        assert llama2.encode_continuation(text) == peer.encode(f"x\n{text}")[len(peer.encode("x\n")) :]

@@ -21,13 +21,15 @@ from puna.server.service import Service, TheService
 
 router = APIRouter(tags=["Anthropic"])
 
+PING = sse(to_json({"type": "ping"}), "ping")
+
 
 @router.post("/v1/messages", response_model=None)
 async def messages(body: MessagesRequest, request: Request, service: TheService, tenant: Tenant) -> Response:
     """Answer a conversation, at once or as server-sent events."""
     events = _events(body, service, tenant)
     if body.stream:
-        return await unless_disconnected(request, EventStream.start(_lines(events), _error_event))
+        return await unless_disconnected(request, EventStream.start(_lines(events), _error_event, PING))
     return await unless_disconnected(request, _whole(events))
 
 

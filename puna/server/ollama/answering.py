@@ -18,6 +18,7 @@ from puna.errors import RequestError
 from puna.llm import TokenLogprob
 from puna.llm.ollama_options import OllamaOptions, parse_options
 from puna.server.asking import Ask
+from puna.server.auth import tenant_of
 from puna.server.manager import ServedModel
 from puna.server.ollama.bodies import Generation, ModelUse
 from puna.server.ollama.details import thinks
@@ -35,12 +36,6 @@ def now() -> str:
 
 def nanoseconds(seconds: float) -> int:
     return int(seconds * 1e9)
-
-
-def tenant_of(request: Request) -> str:
-    """Whom a request is for; empty where nobody has a key."""
-    tenant: str = getattr(request.state, "tenant", "")
-    return tenant
 
 
 def keep_alive_of(body: ModelUse) -> float | None:

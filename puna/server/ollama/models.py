@@ -49,15 +49,16 @@ def _stored(store: Store) -> list[dict[str, Any]]:
 
 @router.get("/api/ps", summary="The loaded models")
 async def ps(service: TheService) -> dict[str, Any]:
-    """Every loaded model. `size` is the memory that it may take; none of it is a graphics card's."""
+    """Every loaded model. `size` is the memory that it may take with its adapters; none is a graphics card's."""
     models = []
     for model in service.manager.loaded():
         summary = await asyncio.to_thread(_summary, model.manifest, service.store)
         own = {
-            "size": model.memory.total,
+            "size": model.num_bytes,
             "size_vram": 0,
             "expires_at": model.expires_at.isoformat(),
             "context_length": model.llm.context_length,
+            "adapters": sorted(model.llm.adapters),
         }
         models.append(summary | own)
     return {"models": models}
@@ -75,10 +76,20 @@ def _summary(manifest: Manifest, store: Store) -> dict[str, Any]:
 
 @router.post("/api/show", summary="What a model is")
 async def show(body: ShowBody, service: TheService) -> dict[str, Any]:
-    """Shape, template, parameters, licence and capabilities, read from the model's files."""
+    """Shape, template, parameters, licence and capabilities, read from the model's files. For `base:adapter`, the
+    base's, which is its `parent_model`."""
 
     def read() -> dict[str, Any]:
-        return show_model(service.store.find(body.which), service.store, verbose=bool(body.verbose))
+        verbose = bool(body.verbose)
+        try:
+            return show_model(service.store.find(body.which), service.store, verbose=verbose)
+        except StoreError:
+            base, adapter = service.manager.adapters.resolve(body.which)
+            if adapter is None:
+                raise
+        shown = show_model(base, service.store, verbose=verbose)
+        shown["details"]["parent_model"] = adapter.base
+        return shown
 
     return await asyncio.to_thread(read)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -13,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from puna.errors import PunaError
+from puna.server.sending import until_disconnected
 
 Line = dict[str, Any]
 # What becomes of the lines when the client wants a single object.
@@ -35,16 +35,8 @@ class Answer(Response):
         self._fold = fold
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answering = asyncio.ensure_future(self._answer(send))
-        leaving = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone = not answering.done()
-            for task in (answering, leaving):
-                task.cancel()
-            await asyncio.wait((answering, leaving))
-        if not gone:
+        answering = await until_disconnected(receive, self._answer(send))
+        if not answering.cancelled():
             answering.result()
 
     async def _answer(self, send: Send) -> None:
@@ -72,11 +64,6 @@ class Answer(Response):
 def encode(line: Line) -> bytes:
     """One line of JSON."""
     return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _start(media_type: bytes, length: int | None = None) -> dict[str, Any]:

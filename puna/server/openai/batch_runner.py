@@ -197,7 +197,6 @@ class _Run:
                 if line.custom_id in journal.done:
                     continue
                 await self._wait_for_rates()
-                await self._service.manager.make_way()
                 async with self._places:
                     if self._reason_to_stop() is not None:
                         return

@@ -151,7 +151,7 @@ async def chat_answers(service: Service, body: ChatBody, tenant: str) -> AsyncIt
 async def create_chat_completion(body: ChatBody, request: Request, service: TheService, tenant: Tenant) -> Response:
     """Answer a conversation."""
     if body.stream:
-        return await EventStream.start(_stream(service, body, tenant), error_event)
+        return await unless_disconnected(request, EventStream.start(_stream(service, body, tenant), error_event))
     return await unless_disconnected(request, complete_chat(service, body, tenant))
 
 

@@ -146,7 +146,7 @@ async def completion_answers(
 async def create_completion(body: CompletionBody, request: Request, service: TheService, tenant: Tenant) -> Response:
     """Continue a text."""
     if body.stream:
-        return await EventStream.start(_stream(service, body, tenant), error_event)
+        return await unless_disconnected(request, EventStream.start(_stream(service, body, tenant), error_event))
     return await unless_disconnected(request, complete_text(service, body, tenant))
 
 

@@ -1,0 +1,1 @@
+"""Quantized Hugging Face folders: the layouts that ``quantization_config`` names, in and out."""

@@ -1,0 +1,101 @@
+"""GPTQ folders (Frantar et al. 2023) as AutoGPTQ and GPTQModel write them.
+
+Tensors of a module: ``qweight`` int32[inputs · bits / 32, outputs], codes packed along the inputs, the first lowest;
+``qzeros`` int32[groups, outputs · bits / 32], packed along the outputs; ``scales`` float16[groups, outputs]; ``g_idx``
+int32[inputs], the group of each input. The first version of the format (``checkpoint_format`` ``gptq``) stores zero
+points less one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puna.checkpoint.hf_quantized.layout import (
+    FLOATS,
+    Fields,
+    Matrix,
+    Parts,
+    column_groups,
+    floats,
+    group_count,
+    word_bytes,
+)
+from puna.checkpoint.safetensors import StoredTensor
+from puna.tensor.bits import fields, join
+from puna.tensor.groupwise import Grouped
+
+
+class GptqLayout:
+    mains: tuple[str, ...] = ("qweight",)
+    beside: tuple[str, ...] = ("qzeros", "scales", "g_idx")
+
+    def __init__(self, config: Fields) -> None:
+        self.bits: int = config.one_of(("bits",), (2, 4, 8))
+        self.group_size = config.group_size(("group_size",))
+        self.act_order: bool = config.one_of(("desc_act",), (True, False), False)
+        version = config.one_of(("checkpoint_format", "format"), ("gptq", "gptq_v2"), "gptq")
+        self.zero_offset = 1 if version == "gptq" else 0
+
+    def matrix(self, parts: Parts) -> Matrix:
+        qweight = parts.need("qweight", ("I32",), (None, None))
+        columns, rows = qweight.shape[0] * 32 // self.bits, qweight.shape[1]
+        groups = group_count(columns, self.group_size)
+        scales = parts.need("scales", FLOATS, (groups, rows))
+        qzeros = parts.need("qzeros", ("I32",), (groups, -(-rows * self.bits // 32)))
+        if "g_idx" in parts or (self.act_order and groups > 1):
+            parts.need("g_idx", ("I32", "I64"), (columns,))
+
+        def grouped() -> Grouped:
+            order = column_groups(parts, "g_idx", columns, groups)
+            codes = fields(word_bytes(qweight.array()[..., None]), self.bits)  # [words, outputs, inputs of a word]
+            zeros = fields(word_bytes(qzeros.array()), self.bits)[:, :rows].T.astype(np.int16) + self.zero_offset
+            return Grouped(
+                np.ascontiguousarray(codes.transpose(1, 0, 2)).reshape(rows, columns),
+                np.ascontiguousarray(floats(scales).T),
+                np.ascontiguousarray(zeros % (1 << self.bits)),  # 0, stored less one, has wrapped
+                consecutive_groups_of(columns, self.group_size) if order is None else order,
+                self.bits,
+            )
+
+        return Matrix((rows, columns), lambda name: grouped().as_weight(name))
+
+
+def consecutive_groups_of(columns: int, group_size: int) -> NDArray[np.intp]:
+    """The group of each column where every ``group_size`` of them, or all (-1), are one."""
+    order: NDArray[np.intp] = np.arange(columns) // (columns if group_size == -1 else group_size)
+    return order
+
+
+def gptq_config(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+    """The ``quantization_config`` of folders whose modules gptq_tensors writes.
+
+    ``desc_act`` tells loaders whether groups are out of order, not in which order they were rounded.
+    """
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": False,
+        "checkpoint_format": "gptq",
+        "lm_head": False,
+    }
+
+
+def gptq_tensors(module: str, matrix: Grouped) -> Iterable[StoredTensor]:
+    """The tensors of one module, its groups in order, in the first version of the format, which all loaders read."""
+    rows, columns = matrix.codes.shape
+    per_word = 32 // matrix.bits
+    codes = matrix.codes.reshape(rows, columns // per_word, per_word).transpose(1, 0, 2)
+    zeros = ((matrix.zeros.T - 1) % (1 << matrix.bits)).astype(np.uint8)
+    arrays = {
+        "qweight": join(codes, matrix.bits).view("<i4")[..., 0],
+        "qzeros": join(zeros, matrix.bits).view("<i4"),
+        "scales": matrix.scales.T.astype("<f2"),
+        "g_idx": matrix.groups.astype("<i4"),
+    }
+    return [StoredTensor.from_array(f"{module}.{name}", array) for name, array in arrays.items()]

@@ -1,0 +1,124 @@
+"""What the layouts of quantized matrices share: looking up a module's tensors with their types and shapes checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puna.checkpoint.safetensors import StoredTensor
+from puna.errors import CheckpointError
+from puna.tensor import Weight
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A quantized matrix: its shape (outputs, inputs), and what reads its tensors and makes a weight of that name."""
+
+    shape: tuple[int, int]
+    make: Callable[[str], Weight]
+
+
+class Layout(Protocol):
+    """How one method stores a matrix. Made of its ``quantization_config``, which it checks."""
+
+    mains: tuple[str, ...]
+    """Endings after ``module.`` of the tensor whose presence (of no float type) tells that a module is quantized."""
+    beside: tuple[str, ...]
+    """Endings of the others; those that computing needs not are ignored."""
+
+    def matrix(self, parts: Parts) -> Matrix:
+        """Check the tensors of one module without reading them. Raises CheckpointError."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of one module by their endings."""
+
+    source: str
+    module: str
+    tensors: Mapping[str, StoredTensor]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def need(self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...] | None = None) -> StoredTensor:
+        """A tensor of one of these types; None in ``shape`` stands for any size. Raises CheckpointError."""
+        if name not in self.tensors:
+            raise self.error(name, "is missing, so the matrix cannot be read; the folder is incomplete")
+        found = self.tensors[name]
+        if found.dtype not in dtypes:
+            raise self.error(name, f"has dtype {found.dtype}; expected {' or '.join(dtypes)}")
+        if shape is not None and not _fits(found.shape, shape):
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise self.error(name, f"has shape {found.shape}; expected ({wanted})")
+        return found
+
+    def error(self, name: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {self.module}.{name} {problem}")
+
+
+class Fields:
+    """A ``quantization_config``, whose fields are checked as they are read."""
+
+    def __init__(self, source: str, raw: Mapping[str, Any]) -> None:
+        self.source, self.raw = source, raw
+
+    def one_of(self, names: tuple[str, ...], allowed: tuple[Any, ...], default: Any = None) -> Any:
+        """The first of these fields that is there. Raises CheckpointError when it is none of ``allowed``."""
+        for name in names:
+            if name in self.raw:
+                value = self.raw[name]
+                if not any(type(value) is type(item) and value == item for item in allowed):
+                    raise self.error(name, f"is {value!r:.80}; supported: {', '.join(map(repr, allowed))}")
+                return value
+        if default is None:
+            raise self.error(names[0], f"is missing; expected one of {', '.join(map(repr, allowed))}")
+        return default
+
+    def group_size(self, names: tuple[str, ...]) -> int:
+        """Columns that share a scale, or -1 for a whole row."""
+        value = next((self.raw[name] for name in names if name in self.raw), None)
+        if type(value) is not int or not (value == -1 or 0 < value < 2**31):
+            raise self.error(names[0], f"is {value!r:.80}; expected a number of columns, or -1 for whole rows")
+        return value
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Raise CheckpointError where the field says something."""
+        if self.raw.get(name):
+            raise self.error(name, f"is set: {reason}; use another version of the model")
+
+    def error(self, name: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: quantization_config: {name} {problem}")
+
+
+def group_count(columns: int, group_size: int) -> int:
+    return 1 if group_size == -1 else -(-columns // group_size)
+
+
+def column_groups(parts: Parts, name: str, columns: int, groups: int) -> NDArray[np.intp] | None:
+    """The group of each column as ``name`` says (act-order), or None without it. Raises CheckpointError."""
+    if name not in parts:
+        return None
+    order = parts.tensors[name].array().astype(np.intp)
+    if columns and not 0 <= order.min() <= order.max() < groups:
+        raise parts.error(name, f"names groups {order.min()} to {order.max()}, but there are {groups}")
+    return order
+
+
+def word_bytes(words: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """int32[..., n] -> their bytes, lowest first: uint8[..., 4 n]."""
+    return np.ascontiguousarray(words, "<i4").view(np.uint8)
+
+
+def floats(tensor: StoredTensor) -> NDArray[np.float32]:
+    return tensor.array().astype(np.float32)
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(found) == len(wanted) and all(w is None or f == w for f, w in zip(found, wanted, strict=True))

@@ -1,0 +1,95 @@
+"""The weights of a Hugging Face folder, quantized or not, made when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from puna.checkpoint.hf_quantized.awq import AwqLayout
+from puna.checkpoint.hf_quantized.bitsandbytes import BitsAndBytesLayout
+from puna.checkpoint.hf_quantized.compressed_tensors import ByteLayout, CompressedTensorsLayout
+from puna.checkpoint.hf_quantized.gptq import GptqLayout
+from puna.checkpoint.hf_quantized.layout import Fields, Layout, Parts
+from puna.checkpoint.safetensors import StoredTensor
+from puna.errors import CheckpointError
+from puna.tensor import Weight
+
+LAYOUTS: dict[str, Callable[[Fields], Layout]] = {
+    "gptq": GptqLayout,
+    "awq": AwqLayout,
+    "compressed-tensors": CompressedTensorsLayout,
+    "bitsandbytes": BitsAndBytesLayout,
+    "fp8": ByteLayout,
+    "fbgemm_fp8": ByteLayout,
+}
+# Scales of a rounded KV cache and of attention: not needed, for the cache here has a type of its own.
+_CACHE_SCALES = tuple(f".{which}_{what}" for which in "qkv" for what in ("scale", "zero_point", "proj.output_scale"))
+
+
+class LazyWeights(Mapping[str, Weight]):
+    """Weights by name, each made anew whenever it is asked for; ``shapes`` are known without."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], makers: dict[str, Callable[[], Weight]]) -> None:
+        self.shapes, self._makers = shapes, makers
+
+    def __getitem__(self, name: str) -> Weight:
+        return self._makers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def read_quantized(source: str, quantization: Any, stored: Mapping[str, StoredTensor], biases: bool) -> LazyWeights:
+    """The weights of a folder whose ``quantization_config`` is given; ``source`` is the file that it is in.
+
+    Where the model has no ``biases``, those that are all 0 are left out, for some makers write them.
+    Raises CheckpointError for a method that is unknown, and for tensors that are missing or of the wrong type or shape.
+    """
+    layout = _layout(source, quantization)
+    modules = _modules(layout, stored)
+    endings = {f"{module}.{ending}" for module in modules for ending in (*layout.mains, *layout.beside)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    makers: dict[str, Callable[[], Weight]] = {}
+    for name, tensor in stored.items():
+        if name in endings or name.endswith(_CACHE_SCALES) or (not biases and _is_zero_bias(name, tensor)):
+            continue
+        shapes[name], makers[name] = tensor.weight().shape, tensor.weight
+    for module in modules:
+        found = {e: stored[f"{module}.{e}"] for e in (*layout.mains, *layout.beside) if f"{module}.{e}" in stored}
+        matrix = layout.matrix(Parts(next(iter(found.values())).source, module, found))
+        name = f"{module}.weight"
+        shapes[name], makers[name] = matrix.shape, partial(matrix.make, name)
+    return LazyWeights(shapes, makers)
+
+
+def _layout(source: str, quantization: Any) -> Layout:
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{source}: quantization_config must be an object, found {quantization!r:.80}")
+    method = quantization.get("quant_method")
+    if not isinstance(method, str) or method not in LAYOUTS:
+        raise CheckpointError(
+            f"{source}: the weights are quantized by the method {method!r:.80}, which is not supported; supported: "
+            f"{', '.join(LAYOUTS)}. Use another version of the model, or a .gguf file"
+        )
+    return LAYOUTS[method](Fields(source, quantization))
+
+
+def _modules(layout: Layout, stored: Mapping[str, StoredTensor]) -> list[str]:
+    """The modules whose matrix is quantized."""
+    modules: dict[str, None] = {}
+    for name, tensor in stored.items():
+        for main in layout.mains:
+            if name.endswith(f".{main}") and not (main == "weight" and tensor.is_float):
+                modules[name.removesuffix(f".{main}")] = None
+    return list(modules)
+
+
+def _is_zero_bias(name: str, tensor: StoredTensor) -> bool:
+    return name.endswith("_proj.bias") and tensor.is_float and not tensor.weight().dequantize().any()

@@ -1,0 +1,138 @@
+"""``puna quantize``: a model in fewer bits, as a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from puna.cli.fidelity import html_option, keep_report, make_review, report_options
+from puna.cli.options import json_option, parse_size, threads_option
+from puna.cli.progress import human_bytes
+
+_file = click.Path(path_type=Path)
+
+
+def _parse_fit(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else parse_size(context, parameter, value)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("destination", type=_file)
+@click.option("--type", "mix", metavar="TYPE", help="Q4_K_M, Q5_K_S, Q6_K, Q8_0, IQ4_XS, … (docs/quantize.md).")
+@click.option("--fit", metavar="SIZE", callback=_parse_fit, help="The best mix of types in a file of this size: 6GB.")
+@click.option("--max-kl", type=float, metavar="NATS", help="The smallest mix whose mean KL to SOURCE is at most this.")
+@click.option("--calibrate", type=_file, metavar="TEXT", help="Measure on this text which columns count most.")
+@click.option("--imatrix", type=_file, metavar="FILE", help="Take that from llama.cpp's importance matrix instead.")
+@click.option("--save-imatrix", type=_file, metavar="FILE", help="Keep what was measured, for this and llama.cpp.")
+@click.option(
+    "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Set the type of some tensors."
+)
+@click.option("--keep-head", "head", metavar="TYPE", help="Set the type of the head (the embedding, where tied).")
+@click.option(
+    "--group-size", type=int, default=128, show_default=True, help="INT4, GPTQ: columns of a scale; -1: a row."
+)
+@click.option("--symmetric", is_flag=True, help="INT4, GPTQ: no zero points.")
+@click.option(
+    "--layout",
+    type=click.Choice(["compressed-tensors", "gptq", "awq"]),
+    help="INT4, GPTQ, AWQ: whose layout the folder has (by default the method's own).",
+)
+@click.option("--requantize", is_flag=True, help="Accept a SOURCE that is quantized already, and its further loss.")
+@click.option(
+    "--force", is_flag=True, help="Replace the destination if it exists; keep the result whatever its report says."
+)
+@report_options(default=True)
+@html_option
+@threads_option
+@json_option
+def quantize(
+    source: str,
+    destination: Path,
+    mix: str | None,
+    fit: int | None,
+    max_kl: float | None,
+    calibrate: Path | None,
+    imatrix: Path | None,
+    save_imatrix: Path | None,
+    tensor_types: tuple[str, ...],
+    head: str | None,
+    group_size: int,
+    symmetric: bool,
+    layout: str | None,
+    requantize: bool,
+    force: bool,
+    report: bool,
+    max_drift: float | None,
+    html: Path | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Quantize SOURCE (a stored model, .gguf file or checkpoint folder) to the file DESTINATION.gguf.
+
+    One of --type, --fit and --max-kl says how far. When it is cut off, the same command continues. With --type INT8,
+    INT4, NF4, FP8, GPTQ or AWQ, DESTINATION is a Hugging Face folder instead (docs/hf-quantized.md).
+    """
+    from rich.console import Console
+    from rich.progress import Progress, TimeRemainingColumn
+
+    from puna.quantize import METHODS, FolderSettings, QuantizeSettings, quantize_to_folder
+    from puna.quantize import quantize as quantize_model
+
+    settings = QuantizeSettings(
+        mix=mix,
+        fit=fit,
+        max_kl=max_kl,
+        calibrate=calibrate,
+        imatrix=imatrix,
+        save_imatrix=save_imatrix,
+        tensor_types=tensor_types,
+        head=head,
+        requantize=requantize,
+        overwrite=force,
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as bars:
+        task = bars.add_task("reading", total=None)
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            bars.update(task, description=what, completed=done, total=total)
+
+        review = make_review(
+            source,
+            destination,
+            report=report,
+            html=html,
+            force=force,
+            max_drift=max_drift,
+            threads=threads,
+            progress=on_progress,
+        )
+        result = None
+        if mix is not None and mix.lower() in METHODS:
+            if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
+                raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
+            folder = FolderSettings(mix.lower(), group_size, symmetric, layout=layout, requantize=requantize)
+            quantize_to_folder(source, destination, folder, calibrate, force, on_progress, check=review)
+        else:
+            result = quantize_model(source, destination, settings, threads, on_progress, check=review)
+    kept = keep_report(review, destination, html)
+    if as_json:
+        facts = result.as_json() if result else {"path": str(destination)}
+        click.echo(json.dumps(facts | {"report": kept.as_json() if kept else None}, indent=2, ensure_ascii=False))
+        return
+    if result is None:
+        return
+    for note in result.notes:
+        click.echo(f"Note: {note}", err=True)
+    measured = "" if result.divergence is None else f", KL {result.divergence:.5f} on the calibration text"
+    continued = f"; {result.continued} tensors were there already" if result.continued else ""
+    click.echo(
+        f"wrote {destination}: {human_bytes(result.size)}, {result.bits_per_weight:.2f} bits per weight{measured}, "
+        f"in {result.seconds:.1f} s{continued}",
+        err=True,
+    )

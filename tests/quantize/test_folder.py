@@ -1,0 +1,202 @@
+"""Quantized folders that we write: what they hold, how they are read here and by the libraries of their layouts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import tiny_checkpoint, tiny_config
+
+from puna.checkpoint import open_checkpoint
+from puna.errors import CheckpointError, RequestError
+from puna.quantize.folder import FolderSettings, calibrated, quantize_folder
+from puna.quantize.rtn import round_to_nearest
+from puna.tensor import Weight
+
+WINDOWS = [np.random.default_rng(i).integers(0, 256, 48).tolist() for i in range(4)]
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+SETTINGS = {
+    "int8": FolderSettings("int8"),
+    "int4": FolderSettings("int4", 32),
+    "int4-symmetric": FolderSettings("int4", 32, symmetric=True),
+    "int4-rows": FolderSettings("int4", -1, symmetric=True),
+    "int4-as-gptq": FolderSettings("int4", 64, layout="gptq"),
+    "int4-as-awq": FolderSettings("int4", 32, layout="awq"),
+    "nf4": FolderSettings("nf4"),
+    "fp8": FolderSettings("fp8"),
+    "gptq": FolderSettings("gptq", 32, layout="gptq"),
+    "awq": FolderSettings("awq", 32, layout="awq"),
+}
+# The largest error for the largest number of a row of normal numbers, in percent.
+TOLERANCE = {"int8": 0.8, "nf4": 20.0, "fp8": 4.0}
+
+
+def written(path: Path, name: str) -> Path:
+    windows = WINDOWS if name in ("gptq", "awq") else None
+    quantize_folder(tiny_checkpoint(), path / "m", SETTINGS[name], windows)
+    return path / "m"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_opens_here(tmp_path: Path, name: str) -> None:
+    checkpoint = open_checkpoint(written(tmp_path, name))
+    original = tiny_checkpoint()
+    assert checkpoint.config == original.config
+    assert set(checkpoint.tensors) == set(original.tensors)
+    if name in TOLERANCE:
+        expected = original.tensors[DOWN].dequantize()
+        error = np.abs(checkpoint.tensors[DOWN].dequantize() - expected)
+        assert (error <= np.abs(expected).max(axis=1, keepdims=True) * TOLERANCE[name] / 100).all()
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-symmetric", "int4-rows", "int4-as-gptq", "int4-as-awq"])
+def test_plain_rounding_is_read_as_it_was_made(tmp_path: Path, name: str) -> None:
+    settings = SETTINGS[name]
+    values = tiny_checkpoint().tensors[DOWN].dequantize()
+    expected = round_to_nearest(values, 4, settings.group_size, settings.symmetric)
+    weight = open_checkpoint(written(tmp_path, name)).tensors[DOWN]
+    assert weight.type.name == ("Q4_0" if settings.symmetric else "Q4_1")
+    if settings.symmetric:
+        np.testing.assert_array_equal(weight.dequantize(), expected.dequantize())
+    else:
+        allowed = 15 * expected.scales[:, expected.groups] * 2.0**-11
+        assert (np.abs(weight.dequantize() - expected.dequantize()) <= allowed).all()
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_calibrated_folders_hold_what_was_found(tmp_path: Path, name: str) -> None:
+    checkpoint, matrices = calibrated(tiny_checkpoint(), SETTINGS[name], WINDOWS)
+    opened = open_checkpoint(written(tmp_path, name))
+    for key, weight in checkpoint.tensors.items():
+        expected = matrices[key].as_weight(key) if key in matrices else weight
+        np.testing.assert_allclose(opened.tensors[key].dequantize(), expected.dequantize(), rtol=2.0**-11, atol=1e-7)
+
+
+def test_native_ops_run_it(tmp_path: Path) -> None:
+    native_ops = pytest.importorskip("puna.ops.native_ops", reason="the native extension is not built")
+    from puna.model.model import Model
+    from puna.ops.reference import ReferenceOps
+    from puna.quantize.calibration import divergence, log_probabilities
+
+    checkpoint = open_checkpoint(written(tmp_path, "gptq"))
+    reference, native = (
+        log_probabilities(Model.bind(ops, checkpoint.config, checkpoint.tensors), WINDOWS[0])
+        for ops in (ReferenceOps(), native_ops.NativeOps(1))
+    )
+    assert divergence(reference, native) < 1e-3
+
+
+# --- the libraries ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-symmetric", "int4-rows", "fp8"])
+def test_transformers_opens_it_with_compressed_tensors(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    assert_same_logits(written(tmp_path, name))
+
+
+def test_transformers_opens_it_with_bitsandbytes(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    whole_blocks = tiny_checkpoint(tiny_config(intermediate_size=128))  # all that its kernel for CPUs takes
+    quantize_folder(whole_blocks, tmp_path / "m", SETTINGS["nf4"])
+    assert_same_logits(tmp_path / "m", 1e-3)  # it computes in bfloat16
+
+
+def test_compressed_tensors_unpacks_zero_points(tmp_path: Path) -> None:
+    """By itself: its version 0.20 and transformers expect the zero points unpacked, whoever wrote them."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    torch_file = pytest.importorskip("safetensors.torch")
+    stored = torch_file.load_file(written(tmp_path, "int4") / "model.safetensors")
+    raw = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    scheme = quantization.QuantizationConfig.model_validate(raw).config_groups["group_0"]
+    module = DOWN.removesuffix("weight")
+    parts = {key.removeprefix(module): value for key, value in stored.items() if key.startswith(module)}
+    compressor = compressors.BaseCompressor.get_value_from_registry("pack-quantized")
+    theirs = compressor.decompress(parts, scheme)["weight"].float().numpy()
+    expected = round_to_nearest(tiny_checkpoint().tensors[DOWN].dequantize(), 4, 32, False).dequantize()
+    np.testing.assert_allclose(theirs, expected, rtol=2.0**-10)  # it multiplies in float16
+
+
+def assert_same_logits(path: Path, limit: float = 1e-4) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from puna.model.model import Model
+    from puna.ops.reference import ReferenceOps
+    from puna.quantize.calibration import divergence, log_probabilities
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for module in (theirs.model.embed_tokens, theirs.model.norm, theirs.lm_head):
+        module.float()
+    with torch.no_grad():
+        logits = theirs(torch.tensor([WINDOWS[0]])).logits[0].double()
+    checkpoint = open_checkpoint(path)
+    ours = log_probabilities(Model.bind(ReferenceOps(), checkpoint.config, checkpoint.tensors), WINDOWS[0])
+    assert divergence(torch.log_softmax(logits, -1).numpy(), ours) < limit
+
+
+def test_the_command(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from puna.checkpoint import save_checkpoint
+    from puna.cli.quantize import quantize
+
+    save_checkpoint(tiny_checkpoint(), tmp_path / "source", "safetensors")
+    arguments = [str(tmp_path / "source"), str(tmp_path / "m"), "--type", "INT4", "--group-size", "32", "--symmetric"]
+    runner = CliRunner()
+    assert runner.invoke(quantize, arguments, catch_exceptions=False).exit_code == 0
+    assert open_checkpoint(tmp_path / "m").tensors[DOWN].type.name == "Q4_0"
+    with pytest.raises(CheckpointError, match="exists already"):
+        runner.invoke(quantize, arguments, catch_exceptions=False)
+    assert "only --calibrate goes with it" in runner.invoke(quantize, [*arguments, "--fit", "1GB"]).output
+    runner.invoke(quantize, [*arguments, "--layout", "gptq", "--force"], catch_exceptions=False)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["sym"], config["group_size"]) == ("gptq", True, 32)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (FolderSettings("int5"), RequestError, "unknown method 'int5'; known: int8"),
+        (FolderSettings("int4", layout="exl2"), RequestError, "unknown layout 'exl2'"),
+        (FolderSettings("int8", symmetric=True), RequestError, "int8 is rounded without a calibration text"),
+        (FolderSettings("fp8", layout="gptq"), RequestError, "fp8 has a layout of its own"),
+        (FolderSettings("int4", 0), RequestError, "group size is 0"),
+        (FolderSettings("gptq", 32), RequestError, "gptq needs a calibration text"),
+        (FolderSettings("awq", 32, symmetric=True), RequestError, "AWQ weights have zero points"),
+        (
+            FolderSettings("int4", 64),
+            CheckpointError,
+            "down_proj.weight: rows of 96 numbers are not whole groups of 64",
+        ),
+    ],
+)
+def test_refuses_what_cannot_be(tmp_path: Path, settings: FolderSettings, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        quantize_folder(tiny_checkpoint(), tmp_path / "m", settings, WINDOWS if settings.symmetric else None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "nf4", "fp8"])
+def test_refuses_damaged_weights_and_leaves_nothing(tmp_path: Path, method: str) -> None:
+    checkpoint = tiny_checkpoint()
+    values = checkpoint.tensors[DOWN].dequantize().copy()
+    values[3, 7] = np.nan
+    broken = replace(checkpoint, tensors={**checkpoint.tensors, DOWN: Weight.from_array(DOWN, values)})
+    with pytest.raises(CheckpointError, match=f"{DOWN}.*not"):
+        quantize_folder(broken, tmp_path / "m", FolderSettings(method, 32))
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantizes_quantized_weights_only_when_told(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tiny_config(), weight_type="Q8_0")
+    with pytest.raises(CheckpointError, match=r"quantized already \(Q8_0\).*--requantize"):
+        quantize_folder(checkpoint, tmp_path / "m", FolderSettings("int8"))
+    quantize_folder(checkpoint, tmp_path / "m", FolderSettings("int8", requantize=True))
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
