@@ -30,6 +30,7 @@ MAY_IMPORT_TORCH = {
     "ops/torch_weights.py",
     "train/losses.py",
     "train/module.py",
+    "train/objectives.py",
     "train/preferences.py",
     "train/trainer.py",
     "train/training_state.py",

@@ -107,9 +107,10 @@ def multiply(x: Tensor, w: Matrix) -> Tensor:
         return multiply(x, w.base)
     if isinstance(w, LowRankMatrix):
         dropped = F.dropout(x, w.dropout) if w.dropout else x
-        y, change = multiply(x, w.base), low_rank_product(dropped, w.a, w.b, w.scale)
+        y, reduced = multiply(x, w.base), w.scale * F.linear(dropped, w.a.to(x.dtype))
         if w.magnitude is None:
-            return y + change
+            return torch.addmm(y, reduced, w.b.to(x.dtype).T)
+        change = F.linear(reduced, w.b.to(x.dtype))
         factor = _dora_factor(w, dense(w.base, x.dtype).detach() + w.scale * (w.b @ w.a).to(x.dtype)).to(x.dtype)
         # As in PEFT, dropout falls on all that DoRA adds, the rescaling of W's part included.
         return y + (factor - 1) * (multiply(dropped, w.base) if w.dropout else y) + factor * change

@@ -117,7 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
             if hidden_gradient is not None:
                 torch.mm(gradient, head, out=hidden_gradient[chunk])
             if head_gradient is not None:
-                head_gradient += gradient.T @ rows
+                head_gradient.addmm_(gradient.T.to(dtype), rows.to(dtype))
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.head_dtype = head.dtype
         return loss

@@ -8,7 +8,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from puna.config import ModelConfig  # noqa: E402
+from puna.errors import RequestError  # noqa: E402
 from puna.model.model import Model  # noqa: E402
+from puna.ops import registry  # noqa: E402
 from puna.ops.protocol import Batch  # noqa: E402
 from puna.ops.reference import ReferenceOps  # noqa: E402
 from puna.ops.torch_ops import NoCache, TorchOps, document_batch  # noqa: E402
@@ -117,6 +119,12 @@ def test_gradients_pass_through_encoded_matrices() -> None:
         gradients.append({n: t.grad for n, t in norms.items()})
     for n, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][n], rtol=1e-5, atol=1e-7)
+
+
+def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="pip install 'puna"):
+        registry.make_ops("torch")
 
 
 def test_swiglu_gradient() -> None:
