@@ -29,6 +29,10 @@ class ContextError(RequestError):
     """A prompt is longer than the context that must hold it."""
 
 
+class NotFoundError(PunaError):
+    """The server keeps nothing under the id that was given, or keeps it for somebody else."""
+
+
 class StoreError(PunaError):
     """The local model store does not hold the model, or cannot be read or written."""
 

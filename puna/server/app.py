@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,23 +10,25 @@ from fastapi import FastAPI
 
 import puna
 from puna.ops.protocol import Ops
-from puna.server import health, openai
+from puna.server import anthropic, health, openai
 from puna.server.accounting import Accounting
 from puna.server.auth import Auth
 from puna.server.cors import Origins, is_loopback
 from puna.server.engine_thread import EngineThread
 from puna.server.gauges import ModelGauges
+from puna.server.housekeeping import keep_clean
 from puna.server.http_errors import install_error_handlers
 from puna.server.keys import KeyFile, Keys
 from puna.server.limits import LimitRequests, Limits
 from puna.server.logs import RequestLog
 from puna.server.manager import Manager
 from puna.server.ollama import router as ollama_router
+from puna.server.openai.batch_runner import BatchRunner
 from puna.server.service import Service
 from puna.server.settings import ServerSettings
 from puna.store import Store
 
-ROUTERS = [health.router, ollama_router, openai.router]
+ROUTERS = [health.router, ollama_router, openai.router, anthropic.router]
 
 
 def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | None = None) -> FastAPI:
@@ -38,11 +41,15 @@ def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         thread = EngineThread()
         manager = Manager(models, settings, thread, ops, accounting)
-        app.state.service = Service(settings, models, thread, manager, accounting)
+        service = app.state.service = Service(settings, models, thread, manager, accounting)
+        batches = app.state.batches = BatchRunner(service)
+        cleaning = asyncio.create_task(keep_clean(models.home))
         try:
             yield
         finally:
-            await app.state.service.close()
+            cleaning.cancel()
+            await batches.close()
+            await service.close()
 
     app = FastAPI(title="Puna", version=puna.__version__, lifespan=lifespan)
     accounting.metrics.registry.register(ModelGauges(app))

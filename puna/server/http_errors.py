@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -17,6 +18,7 @@ from puna.errors import (
     AccessError,
     CapacityError,
     ContextError,
+    NotFoundError,
     PunaError,
     RequestError,
     SourceError,
@@ -39,6 +41,7 @@ STATUS: list[tuple[type[PunaError], int]] = [
     (AccessError, 401),
     (RequestError, 400),
     (TemplateError, 400),
+    (NotFoundError, 404),
     (StoreError, 404),
     (SourceError, 502),
     (PunaError, 500),
@@ -108,7 +111,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        problem = _worst(error)
+        problem = _worst(error.errors())
         return json_response(error_body(request.url.path, 400, _explain(problem), _place(problem) or None), 400)
 
     @app.exception_handler(HTTPException)
@@ -125,10 +128,14 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(request.url.path, RequestError("the body is nested too deeply"))
 
 
-def _worst(error: RequestValidationError) -> dict[str, Any]:
+def problem_of(error: ValidationError) -> str:
+    """One sentence: what is wrong with a body that came another way than in a request of its own."""
+    return _explain(_worst([{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]))
+
+
+def _worst(problems: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The problem to tell: of the first field that has one, the one that is no matter of types, as an alternative of a
     union is that was not meant, and the deepest."""
-    problems = error.errors()
     first = problems[0]["loc"][:2]
     return max(
         (problem for problem in problems if problem["loc"][:2] == first),

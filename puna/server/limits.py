@@ -63,7 +63,7 @@ class Limits:
 
     def check_rates(self, tenant: str) -> tuple[str, float] | None:
         """Count a request of that tenant; or what it must wait for, and how many seconds."""
-        key = self.keys.named(tenant)
+        key = self._key(tenant)
         if key is None:
             return None
         for what in ("requests", "tokens"):
@@ -78,14 +78,14 @@ class Limits:
 
     def charge(self, tenant: str, tokens: int) -> None:
         """Take tokens that a tenant has used; when more than it had, its next request waits for longer."""
-        key = self.keys.named(tenant)
+        key = self._key(tenant)
         bucket = None if key is None else self._bucket(key, "tokens")
         if bucket is not None:
             bucket.take(tokens)
 
     def answer_tokens(self, tenant: str, wanted: int | None) -> int | None:
         """How many tokens an answer may have when that many are wanted. Raises RequestError when it may not."""
-        key = self.keys.named(tenant)
+        key = self._key(tenant)
         if key is None or key.max_tokens is None:
             return wanted
         if wanted is not None and wanted > key.max_tokens:
@@ -94,6 +94,10 @@ class Limits:
                 "ask for fewer"
             )
         return key.max_tokens if wanted is None else wanted
+
+    def _key(self, tenant: str) -> Key | None:
+        """What follows a slash is a share of the tenant's own, such as its batches, under the same limits."""
+        return self.keys.named(tenant.partition("/")[0])
 
     def _bucket(self, key: Key, what: str) -> Bucket | None:
         per_minute = key.requests_per_minute if what == "requests" else key.tokens_per_minute

@@ -79,6 +79,9 @@ class Manager:
         self._loading = asyncio.Lock()
         self._adapting = asyncio.Lock()
         self._released = asyncio.Event()
+        self._blocked: set[object] = set()
+        self._unblocked = asyncio.Event()
+        self._unblocked.set()
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[bool]] = set()
         self._unloading: set[asyncio.Task[None]] = set()
@@ -102,6 +105,10 @@ class Manager:
             yield model if adapter is None else await self._with_adapter(model, adapter)
         finally:
             self._release(model, self.settings.keep_alive if keep_alive is None else keep_alive)
+
+    async def make_way(self) -> None:
+        """Return when no load waits for models in use: for work that can wait and would otherwise never let go."""
+        await self._unblocked.wait()
 
     async def stop(self, name: str) -> bool:
         """Unload a model now, or as soon as nobody uses it; whether it was loaded. Raises StoreError."""
@@ -142,19 +149,27 @@ class Manager:
 
     async def _acquire(self, manifest: Manifest, context_length: int | None) -> ServedModel:
         context_length = context_length or parse_options(manifest.parameters).num_ctx
-        while True:
-            model = self._models.get(_key(manifest))
-            if model is not None and _serves(model, manifest, context_length):
-                model.leases += 1
-                model.last_used = time.monotonic()
-                return model
-            # A client that goes away must not leave a load behind that nobody owns.
-            released = self._released
-            task = asyncio.create_task(self._load(manifest, context_length))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            if not await asyncio.shield(task):
-                await released.wait()
+        token = object()
+        try:
+            while True:
+                model = self._models.get(_key(manifest))
+                if model is not None and _serves(model, manifest, context_length):
+                    model.leases += 1
+                    model.last_used = time.monotonic()
+                    return model
+                # A client that goes away must not leave a load behind that nobody owns.
+                released = self._released
+                task = asyncio.create_task(self._load(manifest, context_length))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                if not await asyncio.shield(task):
+                    self._blocked.add(token)
+                    self._unblocked.clear()
+                    await released.wait()
+        finally:
+            self._blocked.discard(token)
+            if not self._blocked:
+                self._unblocked.set()
 
     async def _with_adapter(self, model: ServedModel, adapter: ServedAdapter) -> ServedModel:
         """The model as it is asked for with an adapter, which is loaded if need be."""

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from puna.chat.text_stream import TextStream
 from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.engine import Event, PromptLogprob, Request, Timings
-from puna.errors import RequestError
+from puna.errors import CapacityError, RequestError
 from puna.llm import TokenLogprob
 from puna.server.accounting import AnswerAccount
 from puna.server.engine_thread import Answers
@@ -75,6 +75,12 @@ class Piece:
     @property
     def thinking(self) -> str:
         return "".join(delta.text for delta in self.deltas if isinstance(delta, ThinkingDelta))
+
+
+def check_finished(piece: Piece) -> None:
+    """Raises CapacityError when the answer was cut off by the server itself."""
+    if piece.finish_reason == "cancelled":
+        raise CapacityError("the model was unloaded before the answer was complete; send the request again", 1.0)
 
 
 class Pieces:

@@ -169,7 +169,11 @@ def test_models_are_loaded_once_and_evicted_least_recently_used(model_store: Sto
             for _ in range(20):
                 await service.engine_thread.call(lambda: None)
             assert not waiting.done()
+            way = asyncio.create_task(manager.make_way())
+            await asyncio.sleep(0)
+            assert not way.done()
         await waiting
+        await way
         assert "two:latest" in [model.name for model in manager.loaded()]
 
     with_service(model_store, use, max_loaded=2)

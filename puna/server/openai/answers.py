@@ -10,10 +10,10 @@ from typing import Any
 
 from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.engine import PromptLogprob
-from puna.errors import CapacityError, PunaError
+from puna.errors import PunaError
 from puna.llm import TokenLogprob
 from puna.server.http_errors import error_content
-from puna.server.pieces import EndReason, Piece, Pieces, Usage
+from puna.server.pieces import EndReason, Piece, Pieces, Usage, check_finished
 from puna.server.sending import sse, to_json
 
 DONE = sse(b"[DONE]")
@@ -67,12 +67,6 @@ async def collect(pieces: Pieces) -> list[Answer]:
     async for piece in pieces:
         answers[piece.index].take(piece)
     return answers
-
-
-def check_finished(piece: Piece) -> None:
-    """Raises CapacityError when the answer was cut off by the server itself."""
-    if piece.finish_reason == "cancelled":
-        raise CapacityError("the model was unloaded before the answer was complete; send the request again", 1.0)
 
 
 def usage_json(usages: Sequence[Usage | None], per_prompt: int = 1) -> dict[str, Any]:

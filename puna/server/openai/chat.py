@@ -152,10 +152,10 @@ async def create_chat_completion(body: ChatBody, request: Request, service: TheS
     """Answer a conversation."""
     if body.stream:
         return await EventStream.start(_stream(service, body, tenant), error_event)
-    return await unless_disconnected(request, _whole(service, body, tenant))
+    return await unless_disconnected(request, complete_chat(service, body, tenant))
 
 
-async def _whole(service: Service, body: ChatBody, tenant: str) -> Response:
+async def complete_chat(service: Service, body: ChatBody, tenant: str) -> Response:
     async with chat_answers(service, body, tenant) as (model, pieces):
         answers = await collect(pieces)
         tokenizer = model.llm.tokenizer

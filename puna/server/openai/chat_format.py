@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
-from puna.server.openai.answers import Answer, check_finished
+from puna.server.openai.answers import Answer
 from puna.server.openai.logprobs import chat_logprobs
-from puna.server.pieces import Piece
+from puna.server.pieces import Piece, check_finished
 from puna.tokenizer import Tokenizer
 
 

@@ -147,10 +147,10 @@ async def create_completion(body: CompletionBody, request: Request, service: The
     """Continue a text."""
     if body.stream:
         return await EventStream.start(_stream(service, body, tenant), error_event)
-    return await unless_disconnected(request, _whole(service, body, tenant))
+    return await unless_disconnected(request, complete_text(service, body, tenant))
 
 
-async def _whole(service: Service, body: CompletionBody, tenant: str) -> Response:
+async def complete_text(service: Service, body: CompletionBody, tenant: str) -> Response:
     async with completion_answers(service, body, tenant) as (model, ask, pieces):
         answers = await collect(pieces)
         formats = _formats(model.llm, body, ask, pieces)

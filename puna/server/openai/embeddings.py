@@ -45,10 +45,10 @@ class EmbeddingBody(Body):
 @router.post("/v1/embeddings", response_model=None)
 async def create_embeddings(body: EmbeddingBody, request: Request, service: TheService, tenant: Tenant) -> Response:
     """The vectors of texts."""
-    return await unless_disconnected(request, _embeddings(service, body, tenant))
+    return await unless_disconnected(request, embed_texts(service, body, tenant))
 
 
-async def _embeddings(service: Service, body: EmbeddingBody, tenant: str) -> Response:
+async def embed_texts(service: Service, body: EmbeddingBody, tenant: str) -> Response:
     async with service.manager.use(body.model) as model:
         llm = model.llm
         size = llm.config.hidden_size
