@@ -194,10 +194,12 @@ def test_no_body_breaks_the_server(http: httpx.Client, route: str, body: dict[st
         b'{"model": "stories", "prompt": "x", "format": ' + b'{"items":' * 400 + b"{}" + b"}" * 400 + b"}",
         b'{"model": "stories", "prompt": "x", "options": ' + b"[" * 100_000,
         b'{"model": "smollm2", "messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "f", '
-        b'"parameters": {"a": "\\ud800"}}}], "options": {"num_predict": 1}}',
+        b'"parameters": {"a": "\\ud800"}}}], "options": {"num_ctx": 64, "num_predict": 1}}',
         b'{"model": "smollm2", "messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "f", '
-        b'"parameters": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b'}}], "options": {"num_predict": 1}}',
-        b'{"model": "smollm2", "prompt": "x", "template": "' + b"{{ (" * 2000 + b'", "options": {"num_predict": 1}}',
+        b'"parameters": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b'}}], "options": {"num_ctx": 64, "num_predict": 1}}',
+        b'{"model": "smollm2", "prompt": "x", "template": "'
+        + b"{{ (" * 2000
+        + b'", "options": {"num_ctx": 64, "num_predict": 1}}',
         b'{"model": "stories", "keep_alive": "' + b"9" * 400 + b'h"}',
     ],
     ids=lambda content: content[:40].decode("latin-1"),
