@@ -10,6 +10,9 @@ import pytest
 from ollama_schema import OllamaSchema
 from running_server import RunningServer
 
+import puna.server.asking
+from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
+from puna.server.pieces import Delta
 from puna.store import Store, import_file
 
 
@@ -37,3 +40,28 @@ def http(server: RunningServer) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="session")
 def ollama_schema(shared_data: Path) -> OllamaSchema:
     return OllamaSchema(shared_data)
+
+
+class StructuredReader:
+    """Stands for a model that thinks, speaks, and calls two tools, whatever it writes."""
+
+    def push(self, text: str) -> list[Delta]:
+        return []
+
+    def finish(self) -> list[Delta]:
+        return [
+            ThinkingDelta("Let me "),
+            ThinkingDelta("look."),
+            TextDelta("One moment."),
+            ToolCallStart(0, "call_a", "get_weather"),
+            ToolCallArguments(0, '{"city":'),
+            ToolCallArguments(0, ' "Paris"}'),
+            ToolCallStart(1, "call_b", "get_time"),
+            ToolCallArguments(1, "{}"),
+        ]
+
+
+@pytest.fixture
+def structured(monkeypatch: pytest.MonkeyPatch) -> type[StructuredReader]:
+    monkeypatch.setattr(puna.server.asking, "reader_of", lambda *_: (StructuredReader, frozenset()))
+    return StructuredReader

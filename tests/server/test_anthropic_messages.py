@@ -11,8 +11,6 @@ import httpx
 import pytest
 from running_server import RunningServer
 
-import puna.server.asking
-from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.errors import RequestError
 from puna.server.pieces import Delta
 
@@ -31,30 +29,6 @@ WEATHER = {
 def client(server: RunningServer) -> Iterator[anthropic.Anthropic]:
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as made:
         yield made
-
-
-class StructuredReader:
-    """Stands for a model that thinks, speaks, and calls two tools, whatever it writes."""
-
-    def push(self, text: str) -> list[Delta]:
-        return []
-
-    def finish(self) -> list[Delta]:
-        return [
-            ThinkingDelta("Let me "),
-            ThinkingDelta("look."),
-            TextDelta("One moment."),
-            ToolCallStart(0, "call_a", "get_weather"),
-            ToolCallArguments(0, '{"city":'),
-            ToolCallArguments(0, ' "Paris"}'),
-            ToolCallStart(1, "call_b", "get_time"),
-            ToolCallArguments(1, "{}"),
-        ]
-
-
-@pytest.fixture
-def structured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(puna.server.asking, "reader_of", lambda *_: (StructuredReader, frozenset()))
 
 
 def test_a_message(client: anthropic.Anthropic) -> None:
@@ -255,12 +229,12 @@ def test_errors_are_the_clients_own(client: anthropic.Anthropic) -> None:
 
 
 def test_a_failure_in_mid_stream_is_an_error_event(
-    client: anthropic.Anthropic, structured: None, monkeypatch: pytest.MonkeyPatch
+    client: anthropic.Anthropic, structured: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: object, text: str) -> list[Delta]:
         raise RequestError("the model failed")
 
-    monkeypatch.setattr(StructuredReader, "push", fail)
+    monkeypatch.setattr(structured, "push", fail)
     stream = client.messages.create(model="smollm2", max_tokens=5, messages=QUESTION, stream=True)
     with pytest.raises(anthropic.APIError, match="the model failed"):
         list(stream)

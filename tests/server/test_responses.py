@@ -16,8 +16,6 @@ import pytest
 from openai_schemas import check
 from running_server import RunningServer
 
-import puna.server.asking
-from puna.chat.tools import TextDelta, ThinkingDelta, ToolCallArguments, ToolCallStart
 from puna.errors import NotFoundError, RequestError
 from puna.server.openai.response_input import messages_of
 from puna.server.openai.response_store import KEPT, ResponseStore
@@ -40,30 +38,6 @@ WEATHER: Any = {
 def client(server: RunningServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
         yield made
-
-
-class StructuredReader:
-    """Stands for a model that thinks, speaks, and calls two tools, whatever it writes."""
-
-    def push(self, text: str) -> list[Delta]:
-        return []
-
-    def finish(self) -> list[Delta]:
-        return [
-            ThinkingDelta("Let me "),
-            ThinkingDelta("look."),
-            TextDelta("One moment."),
-            ToolCallStart(0, "call_a", "get_weather"),
-            ToolCallArguments(0, '{"city":'),
-            ToolCallArguments(0, ' "Paris"}'),
-            ToolCallStart(1, "call_b", "get_time"),
-            ToolCallArguments(1, "{}"),
-        ]
-
-
-@pytest.fixture
-def structured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(puna.server.asking, "reader_of", lambda *_: (StructuredReader, frozenset()))
 
 
 def test_a_response(client: openai.OpenAI, shared_data: Path) -> None:
@@ -289,12 +263,12 @@ def test_truncation_drops_the_oldest(client: openai.OpenAI) -> None:
 
 
 def test_a_failure_in_mid_stream_is_an_event(
-    client: openai.OpenAI, structured: None, monkeypatch: pytest.MonkeyPatch, shared_data: Path
+    client: openai.OpenAI, structured: type, monkeypatch: pytest.MonkeyPatch, shared_data: Path
 ) -> None:
     def fail(self: object, text: str) -> list[Delta]:
         raise RequestError("the model failed")
 
-    monkeypatch.setattr(StructuredReader, "push", fail)
+    monkeypatch.setattr(structured, "push", fail)
     events = list(client.responses.create(**BASE, input=QUESTION, stream=True))
     check(shared_data, "ResponseStreamEvent", events[-1].to_dict())
     assert events[-1].type == "response.failed"
