@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 import puna
 from puna.ops.protocol import Ops
-from puna.server import anthropic, health, openai
+from puna.server import anthropic, api_docs, health, openai
 from puna.server.accounting import Accounting
 from puna.server.auth import Auth
 from puna.server.cors import Origins, is_loopback
@@ -28,7 +28,7 @@ from puna.server.service import Service
 from puna.server.settings import ServerSettings
 from puna.store import Store
 
-ROUTERS = [health.router, ollama_router, openai.router, anthropic.router]
+ROUTERS = [health.router, api_docs.router, ollama_router, openai.router, anthropic.router]
 
 
 def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | None = None) -> FastAPI:
@@ -51,7 +51,7 @@ def create_app(settings: ServerSettings, store: Store | None = None, ops: Ops | 
             await batches.close()
             await service.close()
 
-    app = FastAPI(title="Puna", version=puna.__version__, lifespan=lifespan)
+    app = FastAPI(title="Puna", version=puna.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     accounting.metrics.registry.register(ModelGauges(app))
     install_error_handlers(app)
     # Each wraps those before it: the log comes first, and sees what the others refuse.
