@@ -1,6 +1,7 @@
 """Where the tests find real data. Both places may be absent; the tests that need them then skip and say why.
 
 PUNA_TEST_NATIVE names a build of the native extension to test in place of the installed one (see `make sanitize`).
+Property tests try the same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
 """
 
 import os
@@ -9,8 +10,12 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("same-examples", derandomize=True)
+settings.load_profile("same-examples")
 
 if "PUNA_TEST_NATIVE" in os.environ:
     spec = spec_from_file_location("puna._native", os.environ["PUNA_TEST_NATIVE"])
