@@ -50,6 +50,12 @@ class Prepared:
     resumed: bool
     before: float | None = None
 
+    @property
+    def left_out_documents(self) -> int:
+        """How many documents are too long, where such are dropped."""
+        dropped = self.plan.truncation == "drop"
+        return int((self.data.lengths > self.plan.length).sum()) if dropped else 0
+
     def facts(self) -> dict[str, Any]:
         """What must be as it was for the run to go on, and what was chosen when it began, for ``run.json``."""
         return {
