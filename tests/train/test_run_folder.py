@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.errors import PunaError, TrainingError
@@ -188,6 +188,7 @@ def same(a: Any, b: Any) -> bool:
     return a == b or (isinstance(a, float) and not math.isfinite(a) and math.isnan(b))
 
 
+@settings(deadline=None)
 @given(NUMBERS)
 def test_a_record_survives_storage(numbers: dict[str, float]) -> None:
     record = RunRecord(INPUTS, (this_start(),), before=Evaluation(numbers), after=AFTER)
@@ -206,6 +207,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.data(), JSON)
 def test_a_damaged_record_is_refused(data: st.DataObject, value: Any) -> None:
     """Any part replaced by anything: a TrainingError, or a record that can be stored again."""
@@ -223,6 +225,12 @@ def test_a_damaged_record_is_refused(data: st.DataObject, value: Any) -> None:
     except TrainingError:
         return
     assert RunRecord.from_json(json.loads(json.dumps(record.as_json(), allow_nan=False)), "here")
+
+
+def test_text_that_utf8_does_not_have_loses_no_run(folder: Path) -> None:
+    with start(folder) as run:
+        run.finish("bot", Evaluation({}, (Sample("\ud800", "é"),)))
+    assert Run.read(folder).record.after == Evaluation({}, (Sample("?", "é"),))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 2}', "\xff", "[" * 100_000])

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.errors import TrainingError
@@ -18,6 +18,7 @@ def same(a: float, b: float) -> bool:
     return a == b or (not math.isfinite(a) and math.isnan(b))
 
 
+@settings(deadline=None)
 @given(ROWS, st.data())
 def test_rows_survive_storage_and_a_torn_end(
     tmp_path_factory: pytest.TempPathFactory, rows: dict[int, dict[str, float]], data: st.DataObject
@@ -41,11 +42,12 @@ def test_rows_survive_storage_and_a_torn_end(
 def test_going_on_cuts_the_steps_to_come(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
-    assert cut_metrics(path, 3) == read_metrics(path)
+    cut_metrics(path, 3)
     assert path.read_text().count("\n") == 2
     append_metrics(path, {"step": 3, "loss": 2.5})
     assert curve(read_metrics(path), "loss") == [(1, 3), (3, 2.5)]
-    assert cut_metrics(path, 0) == read_metrics(path) == []
+    cut_metrics(path, 0)
+    assert path.read_bytes() == b""
 
 
 def test_no_file_is_no_rows(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from puna.train.runs.differences import differing, recipe_values
 from puna.train.runs.environment import now, this_start
 from puna.train.runs.metrics import Row, append_metrics, cut_metrics
 from puna.train.runs.record import DataFacts, Evaluation, RunInputs, RunRecord
-from puna.train.runs.run import METRICS, RECIPE, RECORD, STATES, Run, lock
+from puna.train.runs.run import EVENTS, METRICS, RECIPE, RECORD, STATES, Run, lock
+from puna.train.runs.tensorboard import append_event, begin_events
 
 
 def runs_home() -> Path:
@@ -46,6 +47,7 @@ class RunFolder:
         self._open.enter_context(lock(folder))
         self.folder, self.record = folder, Run.read(folder).record
         self._last_step: int | None = None
+        self._events: Path | None = None
 
     @classmethod
     def start(cls, recipe: str, inputs: RunInputs, folder: Path | None = None) -> RunFolder:
@@ -105,10 +107,12 @@ class RunFolder:
         known = {name: value for name, value in numbers.items() if value is not None}
         row: Row = {name: value if isinstance(value, int) else float(value) for name, value in known.items()}
         row["time"] = round(time.time(), 3)
-        path = self.folder / METRICS
-        if self._last_step is None:
-            cut_metrics(path, step)
-        append_metrics(path, row)
+        metrics = self.folder / METRICS
+        if self._events is None:
+            cut_metrics(metrics, step)
+            self._events = begin_events(self.folder / EVENTS, step)
+        append_metrics(metrics, row)
+        append_event(self._events, row)
         self._last_step = step
 
     def note(

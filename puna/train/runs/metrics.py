@@ -13,7 +13,7 @@ from pathlib import Path
 
 from puna.checkpoint.atomic import atomic_path
 from puna.errors import TrainingError
-from puna.train.runs.record import finite
+from puna.train.runs.record import storable
 
 Row = dict[str, float]
 
@@ -38,12 +38,11 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
-def cut_metrics(path: Path, step: int) -> list[Row]:
-    """Keep only the rows before ``step``, and give them. Raises TrainingError or CheckpointError."""
+def cut_metrics(path: Path, step: int) -> None:
+    """Keep only the rows before ``step``. Raises TrainingError or CheckpointError."""
     kept = [row for row in read_metrics(path) if row["step"] < step]
     with atomic_path(path) as temporary:
         temporary.write_bytes(b"".join(map(_line, kept)))
-    return kept
 
 
 def append_metrics(path: Path, row: Row) -> None:
@@ -61,7 +60,7 @@ def curve(rows: list[Row], name: str) -> list[tuple[float, float]]:
 
 
 def _line(row: Row) -> bytes:
-    return json.dumps(finite(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return json.dumps(storable(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _parse(line: bytes) -> Row | None:

@@ -95,8 +95,8 @@ class RunRecord:
 
     def as_json(self) -> dict[str, Any]:
         """As JSON values; a number that is not finite becomes null."""
-        plain: dict[str, Any] = finite({"schema": SCHEMA, **asdict(self)})
-        return plain
+        values: dict[str, Any] = storable({"schema": SCHEMA, **asdict(self)})
+        return values
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], where: str) -> RunRecord:
@@ -114,14 +114,16 @@ class RunRecord:
         return record
 
 
-def finite(value: Any) -> Any:
-    """JSON values in which numbers that JSON does not have are null."""
+def storable(value: Any) -> Any:
+    """JSON values without what a file cannot hold: numbers that are not finite are null, lone surrogates ``?``."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
+        return {storable(key): storable(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
+        return [storable(inner) for inner in value]
     return value
 
 
