@@ -11,7 +11,7 @@ import puna
 
 PACKAGE = Path(puna.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "plots"},
     {"config"},
     {"catalog"},
     {"tensor"},
