@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,6 +94,7 @@ class LlamaModule(nn.Module):
         self._encoded: dict[str, EncodedMatrix] = {}
         self._tensors, self._names = tensors, tuple(tensors)
         self.adapted: tuple[str, ...] = ()
+        self._unchanged = False
         frozen = re.compile(method.frozen) if isinstance(method, Full) and method.frozen is not None else None
         for name in self._names:
             trained = isinstance(method, Full) and not (frozen and frozen.search(name))
@@ -155,6 +157,20 @@ class LlamaModule(nn.Module):
                 w.a.copy_(torch.from_numpy(change.a))
                 w.b.copy_(torch.from_numpy(change.b * np.float32(change.scale / w.scale)))
 
+    @property
+    def tensors(self) -> Mapping[str, Weight]:
+        """The model's tensors as they were before training."""
+        return self._tensors
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Within, what LoRA has changed is switched off: the module computes what it did before training."""
+        self._unchanged = True
+        try:
+            yield
+        finally:
+            self._unchanged = False
+
     def merged(self) -> Mapping[str, Weight]:
         """All tensors as trained, each made when it is asked for: float32 where it was trained, else as it was."""
         return _Trained(self)
@@ -206,7 +222,7 @@ class LlamaModule(nn.Module):
 
     def _matrix(self, name: str) -> Matrix:
         base = self._base(name)
-        if not isinstance(self.method, LoRA) or name not in self.adapted:
+        if not isinstance(self.method, LoRA) or name not in self.adapted or self._unchanged:
             return base
         method, module = self.method, self.get_submodule(name.removesuffix(".weight"))
         return LowRankMatrix(
