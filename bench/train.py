@@ -10,8 +10,8 @@ MODEL is a Hugging Face folder. Each figure comes from a process of its own, and
   file's where they are frozen, as `Trainer(bf16=True)` does it.
 
 `equal` documents have 256 tokens, all trained. `mixed` ones have from 16 to 384, of which the first third, like the
-prompt of a chat, is not trained. Tokens per second count real tokens, of the median step behind the first one; memory is
-the process's highest resident set (VmHWM) at the end of the last step.
+prompt of a chat, is not trained. Tokens per second count real tokens, of the median step behind the first one; memory
+is the process's highest resident set (VmHWM) at the end of the last step.
 """
 
 from __future__ import annotations
