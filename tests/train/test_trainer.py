@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 from puna.errors import TrainingError  # noqa: E402
 from puna.ops.torch_ops import TorchOps  # noqa: E402
 from puna.train.module import Full, LlamaModule, LoRA  # noqa: E402
+from puna.train.parallel import ALONE, Ranks  # noqa: E402
 from puna.train.trainer import NextToken, Settings, StepReport, Trainer, evaluate  # noqa: E402
 from puna.train.training_state import best_state, newest_state  # noqa: E402
 
@@ -69,17 +70,26 @@ def _one_thread() -> Iterator[None]:
 
 
 def trainer(
-    folder: Path, method: Full | LoRA = LORA, *, end: int = 1000, validate: bool = False, **options: Any
+    folder: Path,
+    method: Full | LoRA = LORA,
+    *,
+    end: int = 1000,
+    validate: int = 0,
+    kind: str | None = None,
+    recompute: bool = False,
+    ranks: Ranks = ALONE,
+    **options: Any,
 ) -> Trainer:
     warmup = min(3, options.get("steps", 12) - 1)
     settings = {"steps": 12, "learning_rate": 0.01, "warmup": warmup, "save_every": 4, "weight_decay": 0.1} | options
-    kind = "Q8_0" if isinstance(method, LoRA) else "F32"
-    dtype = settings.pop("dtype", torch.float32)
-    module = LlamaModule(TorchOps(dtype), CONFIG, random_weights(CONFIG, seed=1, weight_type=kind), method)
+    kind = kind or ("Q8_0" if isinstance(method, LoRA) else "F32")
+    ops = TorchOps(settings.pop("dtype", torch.float32))
+    weights = random_weights(CONFIG, seed=1, weight_type=kind)
+    module = LlamaModule(ops, CONFIG, weights, method, recompute=recompute, ranks=ranks)
     validation = RandomDocuments()
     validation.taken = 500
-    packs = [next(validation) for _ in range(2)] if validate else []
-    return Trainer(module, NextToken(), RandomDocuments(end), Settings(**settings), folder, packs)
+    packs = [next(validation) for _ in range(validate)]
+    return Trainer(module, NextToken(), RandomDocuments(end), Settings(**settings), folder, packs, ranks)
 
 
 def reports(run: Trainer, stop_at: int | None = None) -> list[StepReport]:
@@ -99,7 +109,7 @@ def reports(run: Trainer, stop_at: int | None = None) -> list[StepReport]:
 
 @pytest.mark.parametrize("method", [Full(), LORA], ids=["full", "qlora"])
 def test_it_learns(tmp_path: Path, method: Full | LoRA) -> None:
-    run = trainer(tmp_path, method, steps=40, accumulate=2, validate=True, evaluate_every=1000)
+    run = trainer(tmp_path, method, steps=40, accumulate=2, validate=2, evaluate_every=1000)
     before = evaluate(run.module, run.objective, run.validation)
     after = reports(run)[-1].validation_loss
     assert before == pytest.approx(math.log(256), abs=1.5)
@@ -210,7 +220,7 @@ def test_not_a_number_stops_with_the_data_saved(tmp_path: Path) -> None:
 
 
 def test_the_newest_and_the_best_states_are_kept(tmp_path: Path) -> None:
-    run = trainer(tmp_path, steps=8, save_every=1, evaluate_every=1, keep=2, validate=True)
+    run = trainer(tmp_path, steps=8, save_every=1, evaluate_every=1, keep=2, validate=2)
     losses = [report.validation_loss for report in reports(run)]
     best = min(range(8), key=lambda number: losses[number]) + 1
     kept = {int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()}
@@ -224,7 +234,7 @@ def test_the_newest_and_the_best_states_are_kept(tmp_path: Path) -> None:
 def test_a_worse_end_does_not_lose_the_best(tmp_path: Path) -> None:
     """A learning rate that ruins the model after the first steps."""
     run = trainer(
-        tmp_path, Full(), steps=6, learning_rate=3.0, warmup=5, save_every=1, evaluate_every=1, keep=1, validate=True
+        tmp_path, Full(), steps=6, learning_rate=3.0, warmup=5, save_every=1, evaluate_every=1, keep=1, validate=2
     )
     losses = [report.validation_loss for report in reports(run)]
     best = min(range(6), key=lambda number: losses[number]) + 1
