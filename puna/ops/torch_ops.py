@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from puna.config import ModelConfig
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
 from puna.ops.reference import ReferenceOps
 from puna.ops.registry import make_ops
+from puna.ops.torch_functions import Angles, RMSNorm, Rotate, SwiGLU
 from puna.ops.torch_weights import (
     FLOAT_DTYPES,
     AdaptedMatrix,
@@ -34,8 +34,6 @@ from puna.ops.torch_weights import (
     multiply,
 )
 from puna.tensor import LowRank, Weight
-
-Angles = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -160,9 +158,8 @@ class TorchOps:
         return F.embedding(index, table).to(self.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(self._wide)
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (normalised * weight.to(self._wide)).to(x.dtype)
+        normalised: Tensor = RMSNorm.apply(x, weight.to(self._wide), eps)  # type: ignore[no-untyped-call]
+        return normalised
 
     def linear(self, x: Tensor, w: Matrix, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         y = multiply(x, w)
@@ -192,10 +189,8 @@ class TorchOps:
         return torch.cos(angles) * scale, torch.sin(angles) * scale
 
     def rope(self, x: Tensor, angles: Angles) -> Tensor:
-        cosines, sines = (a[:, None, :] for a in angles)
-        first, second = x.reshape(len(x), -1, 2, cosines.shape[-1]).unbind(2)
-        rotated = torch.stack([first * cosines - second * sines, second * cosines + first * sines], dim=2)
-        return rotated.reshape(x.shape).to(x.dtype)
+        rotated: Tensor = Rotate.apply(x, *angles)  # type: ignore[no-untyped-call]
+        return rotated
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv: KVCache, layer: int, batch: Batch) -> Tensor:
         if isinstance(kv, NoCache):
@@ -204,7 +199,7 @@ class TorchOps:
         return torch.from_numpy(out).to(self.device, self.dtype)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        gated: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+        gated: Tensor = SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
         return gated
 
     def rows(self, x: Tensor, index: NDArray[np.int32]) -> Tensor:
@@ -275,20 +270,3 @@ def _padded_length(length: int) -> int:
     """The next of 16, 20, 24, 28, 32, 40, 48, …: at most a fifth of a longer document is padding."""
     step = max(4, 1 << (length - 1).bit_length() >> 3)
     return max(16, -(-length // step) * step)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up, computed again in the backward pass rather than kept."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        # silu' = sigmoid + silu · (1 - sigmoid)
-        return gradient * up * (sigmoid + silu * (1 - sigmoid)), gradient * silu
