@@ -22,6 +22,7 @@ from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
 from puna.ops.reference import ReferenceOps
 from puna.ops.registry import make_ops
 from puna.ops.torch_functions import Angles, RMSNorm, Rotate, SwiGLU
+from puna.ops.torch_linear import low_rank_product, multiply
 from puna.ops.torch_weights import (
     FLOAT_DTYPES,
     AdaptedMatrix,
@@ -30,8 +31,6 @@ from puna.ops.torch_weights import (
     Matrix,
     as_tensor,
     dense,
-    low_rank_product,
-    multiply,
 )
 from puna.tensor import LowRank, Weight
 
@@ -162,22 +161,15 @@ class TorchOps:
         return normalised
 
     def linear(self, x: Tensor, w: Matrix, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        y = multiply(x, w)
-        if bias is not None:
-            y = y + bias.to(y.dtype)
-        if residual is not None:
-            y = y + residual
-        if self._token_adapters is not None and isinstance(w, AdaptedMatrix):
-            for adapter, change in enumerate(w.changes):
-                if change is not None:
-                    tokens = torch.nonzero(self._token_adapters == adapter)[:, 0]
-                    y = y.index_add(0, tokens, low_rank_product(x[tokens], *change))
-        return y
+        (y,) = multiply(x, [w], residual)
+        return self._completed(x, w, y, bias)
 
     def linears(
         self, x: Tensor, weights: Sequence[Matrix], biases: Sequence[Tensor | None] | None = None
     ) -> list[Tensor]:
-        return [self.linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
+        products = multiply(x, weights)
+        biases = biases or [None] * len(weights)
+        return [self._completed(x, w, y, b) for w, y, b in zip(weights, products, biases, strict=True)]
 
     def rope_angles(
         self, positions: NDArray[np.int32], inverse_frequencies: NDArray[np.float32], scale: float
@@ -211,6 +203,17 @@ class TorchOps:
     def to_host(self, x: Tensor) -> NDArray[np.float32]:
         host: NDArray[np.float32] = x.detach().float().cpu().numpy()
         return host
+
+    def _completed(self, x: Tensor, w: Matrix, y: Tensor, bias: Tensor | None) -> Tensor:
+        """With the bias, and what the adapters of the tokens' sequences add."""
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        if self._token_adapters is not None and isinstance(w, AdaptedMatrix):
+            for adapter, change in enumerate(w.changes):
+                if change is not None:
+                    tokens = torch.nonzero(self._token_adapters == adapter)[:, 0]
+                    y = y.index_add(0, tokens, low_rank_product(x[tokens], *change))
+        return y
 
     def _index(self, index: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(index.astype(np.int64)).to(self.device)

@@ -149,8 +149,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden_gradient, head_gradient = ctx.saved_tensors
-        if hidden_gradient is not None:
-            hidden_gradient = (hidden_gradient * gradient).to(hidden_gradient.dtype)
+        if gradient.device.type != "cpu" or gradient != 1:  # usually it is 1, which saves a copy
+            hidden_gradient, head_gradient = (
+                None if g is None else g * gradient.to(g.dtype) for g in (hidden_gradient, head_gradient)
+            )
         if head_gradient is not None:
-            head_gradient = (head_gradient * gradient).to(ctx.head_dtype)
+            head_gradient = head_gradient.to(ctx.head_dtype)
         return hidden_gradient, head_gradient, None, None, None
