@@ -17,7 +17,9 @@ from puna.tensor import QUANT_TYPES
 from puna.train.data.render import TrainOn
 from puna.train.data.tokens import Truncation
 from puna.train.module import LINEAR_LAYERS, Full, LoRA
-from puna.train.objective_table import OBJECTIVES, SFT, Knobs
+from puna.train.objectives import OBJECTIVES, Knobs
+from puna.train.objectives.next_token import SFT
+from puna.train.optimizers import OPTIMIZERS
 from puna.train.tables import nearest, read_table, to_toml, write_table
 
 if sys.version_info >= (3, 11):
@@ -126,6 +128,7 @@ class Training:
     keep: int = 2
     keep_best: bool = True
     recompute: bool | None = None
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
@@ -145,6 +148,8 @@ class Training:
         for name in ("final_rate", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainingError(f"training.{name} must be from 0 to 1, found {getattr(self, name):g}")
+        if self.optimizer not in OPTIMIZERS:
+            raise TrainingError(f"training.optimizer is {self.optimizer!r}; {nearest(self.optimizer, OPTIMIZERS)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"training.betas must be from 0 to below 1, found {list(self.betas)}")
         if None not in (self.steps, self.warmup) and self.warmup > self.steps:  # type: ignore[operator]
