@@ -5,6 +5,7 @@ What is None is chosen for the model and the data (puna/train/plan.py).
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -90,6 +91,11 @@ class Method:
             if kind is None or kind.block_size == 1 or not kind.can_encode:
                 known = [name for name, kind in QUANT_TYPES.items() if kind.block_size > 1 and kind.can_encode]
                 raise TrainingError(f"method.base_type is {self.base_type!r}; {nearest(self.base_type, known)}")
+        if self.frozen is not None:
+            try:
+                re.compile(self.frozen)
+            except re.error as error:
+                raise TrainingError(f"method.frozen is no regular expression: {error}, in {self.frozen!r}") from None
         self.trained()
 
     def trained(self) -> Full | LoRA:
