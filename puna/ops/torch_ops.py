@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,8 @@ from puna.config import ModelConfig
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
 from puna.ops.reference import ReferenceOps
 from puna.ops.registry import make_ops
+from puna.ops.torch_functions import Angles, RMSNorm, Rotate, SwiGLU
+from puna.ops.torch_linear import low_rank_product, multiply
 from puna.ops.torch_weights import (
     FLOAT_DTYPES,
     AdaptedMatrix,
@@ -30,12 +31,8 @@ from puna.ops.torch_weights import (
     Matrix,
     as_tensor,
     dense,
-    low_rank_product,
-    multiply,
 )
 from puna.tensor import LowRank, Weight
-
-Angles = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -160,27 +157,19 @@ class TorchOps:
         return F.embedding(index, table).to(self.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(self._wide)
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (normalised * weight.to(self._wide)).to(x.dtype)
+        normalised: Tensor = RMSNorm.apply(x, weight.to(self._wide), eps)  # type: ignore[no-untyped-call]
+        return normalised
 
     def linear(self, x: Tensor, w: Matrix, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        y = multiply(x, w)
-        if bias is not None:
-            y = y + bias.to(y.dtype)
-        if residual is not None:
-            y = y + residual
-        if self._token_adapters is not None and isinstance(w, AdaptedMatrix):
-            for adapter, change in enumerate(w.changes):
-                if change is not None:
-                    tokens = torch.nonzero(self._token_adapters == adapter)[:, 0]
-                    y = y.index_add(0, tokens, low_rank_product(x[tokens], *change))
-        return y
+        (y,) = multiply(x, [w], residual)
+        return self._completed(x, w, y, bias)
 
     def linears(
         self, x: Tensor, weights: Sequence[Matrix], biases: Sequence[Tensor | None] | None = None
     ) -> list[Tensor]:
-        return [self.linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
+        products = multiply(x, weights)
+        biases = biases or [None] * len(weights)
+        return [self._completed(x, w, y, b) for w, y, b in zip(weights, products, biases, strict=True)]
 
     def rope_angles(
         self, positions: NDArray[np.int32], inverse_frequencies: NDArray[np.float32], scale: float
@@ -192,10 +181,8 @@ class TorchOps:
         return torch.cos(angles) * scale, torch.sin(angles) * scale
 
     def rope(self, x: Tensor, angles: Angles) -> Tensor:
-        cosines, sines = (a[:, None, :] for a in angles)
-        first, second = x.reshape(len(x), -1, 2, cosines.shape[-1]).unbind(2)
-        rotated = torch.stack([first * cosines - second * sines, second * cosines + first * sines], dim=2)
-        return rotated.reshape(x.shape).to(x.dtype)
+        rotated: Tensor = Rotate.apply(x, *angles)  # type: ignore[no-untyped-call]
+        return rotated
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv: KVCache, layer: int, batch: Batch) -> Tensor:
         if isinstance(kv, NoCache):
@@ -204,7 +191,7 @@ class TorchOps:
         return torch.from_numpy(out).to(self.device, self.dtype)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        gated: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+        gated: Tensor = SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
         return gated
 
     def rows(self, x: Tensor, index: NDArray[np.int32]) -> Tensor:
@@ -216,6 +203,17 @@ class TorchOps:
     def to_host(self, x: Tensor) -> NDArray[np.float32]:
         host: NDArray[np.float32] = x.detach().float().cpu().numpy()
         return host
+
+    def _completed(self, x: Tensor, w: Matrix, y: Tensor, bias: Tensor | None) -> Tensor:
+        """With the bias, and what the adapters of the tokens' sequences add."""
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        if self._token_adapters is not None and isinstance(w, AdaptedMatrix):
+            for adapter, change in enumerate(w.changes):
+                if change is not None:
+                    tokens = torch.nonzero(self._token_adapters == adapter)[:, 0]
+                    y = y.index_add(0, tokens, low_rank_product(x[tokens], *change))
+        return y
 
     def _index(self, index: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(index.astype(np.int64)).to(self.device)
@@ -275,20 +273,3 @@ def _padded_length(length: int) -> int:
     """The next of 16, 20, 24, 28, 32, 40, 48, …: at most a fifth of a longer document is padding."""
     step = max(4, 1 << (length - 1).bit_length() >> 3)
     return max(16, -(-length // step) * step)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up, computed again in the backward pass rather than kept."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        # silu' = sigmoid + silu · (1 - sigmoid)
-        return gradient * up * (sigmoid + silu * (1 - sigmoid)), gradient * silu

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -97,6 +98,7 @@ class LlamaModule(nn.Module):
         self._master = torch.promote_types(ops.dtype, torch.float32)
         self._encoded: dict[str, EncodedMatrix] = {}
         self._tensors, self._names, self._ranks = tensors, tuple(tensors), ranks
+        self._unchanged = False
         targets = method.targets if isinstance(method, LoRA) else ()
         self.adapted = tuple(name for name in self._names if _is_target(name, targets))
         generator = torch.Generator().manual_seed(seed)
@@ -165,6 +167,20 @@ class LlamaModule(nn.Module):
                 raise TrainingError(f"{name}: the adapter has rank {change.rank}, but the recipe has {len(w.a)}")
             fill(w.a, torch.from_numpy(change.a))
             fill(w.b, torch.from_numpy(change.b * np.float32(change.scale / w.scale)))
+
+    @property
+    def tensors(self) -> Mapping[str, Weight]:
+        """The model's tensors as they were before training."""
+        return self._tensors
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Within, what LoRA has changed is switched off: the module computes what it did before training."""
+        self._unchanged = True
+        try:
+            yield
+        finally:
+            self._unchanged = False
 
     def merged(self) -> Mapping[str, Weight]:
         """All tensors as trained, each made when it is asked for: float32 where it was trained, else as it was."""
@@ -240,7 +256,7 @@ class LlamaModule(nn.Module):
 
     def _matrix(self, name: str) -> Matrix:
         base = self._base(name)
-        if not isinstance(self.method, LoRA) or name not in self.adapted:
+        if not isinstance(self.method, LoRA) or name not in self.adapted or self._unchanged:
             return base
         method, module = self.method, self.get_submodule(name.removesuffix(".weight"))
         return LowRankMatrix(
