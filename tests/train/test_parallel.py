@@ -79,7 +79,8 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
     for one, other in zip(found, expected, strict=True):
         for name, value in other.items():
             if name != "seconds":
-                assert one[name] == (value if value is None else pytest.approx(value, rel=2e-5)), (name, other["step"])
+                same = value if value is None else pytest.approx(value, rel=2e-5, abs=2e-6)
+                assert one[name] == same, (name, other["step"])
 
 
 @pytest.mark.parametrize("name", RUNS)

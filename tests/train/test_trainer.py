@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from puna.errors import TrainingError  # noqa: E402
 from puna.ops.torch_ops import TorchOps  # noqa: E402
 from puna.train.module import Full, LlamaModule, LoRA  # noqa: E402
 from puna.train.parallel import ALONE, Ranks  # noqa: E402
-from puna.train.trainer import NextToken, Settings, StepReport, Trainer, evaluate  # noqa: E402
+from puna.train.trainer import NextToken, Objective, Settings, StepReport, Trainer, evaluate  # noqa: E402
 from puna.train.training_state import best_state, newest_state  # noqa: E402
 
 CONFIG = VARIANTS["gqa"]
@@ -39,7 +39,7 @@ class RandomDocuments:
     def __init__(self, end: int = 1000) -> None:
         self.taken, self.end = 0, end
 
-    def __next__(self) -> Documents:
+    def __next__(self) -> Any:
         if self.taken == self.end:
             raise StopIteration
         rng = np.random.default_rng(self.taken)
@@ -77,6 +77,8 @@ def trainer(
     validate: int = 0,
     kind: str | None = None,
     recompute: bool = False,
+    objective: Callable[[LlamaModule], Objective] = lambda module: NextToken(),
+    stream: type[RandomDocuments] = RandomDocuments,
     ranks: Ranks = ALONE,
     **options: Any,
 ) -> Trainer:
@@ -86,10 +88,10 @@ def trainer(
     ops = TorchOps(settings.pop("dtype", torch.float32))
     weights = random_weights(CONFIG, seed=1, weight_type=kind)
     module = LlamaModule(ops, CONFIG, weights, method, recompute=recompute, ranks=ranks)
-    validation = RandomDocuments()
+    validation = stream()
     validation.taken = 500
     packs = [next(validation) for _ in range(validate)]
-    return Trainer(module, NextToken(), RandomDocuments(end), Settings(**settings), folder, packs, ranks)
+    return Trainer(module, objective(module), stream(end), Settings(**settings), folder, packs, ranks)
 
 
 def reports(run: Trainer, stop_at: int | None = None) -> list[StepReport]:
