@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -70,7 +69,7 @@ def run_recipe(
             click.echo(json.dumps(_facts(prepared), indent=2, ensure_ascii=False))
         return
     asks = not (yes or as_json) and console.is_terminal and sys.stdin is not None and sys.stdin.isatty()
-    if asks and not click.confirm("Go on?" if prepared.resumed else "Begin?", default=True, err=True):
+    if asks and not click.confirm("Go on?" if prepared.begun else "Begin?", default=True, err=True):
         return
     try:
         with _LiveLine(prepared, console, quiet=as_json) as line:
@@ -100,7 +99,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "model": prepared.recipe.model,
         "output": prepared.recipe.output,
         "folder": str(prepared.folder),
-        "resumed": prepared.resumed,
+        "resumed": prepared.begun is not None,
         "recipe": recipe_to_toml(prepared.recipe),
         "plan": asdict(prepared.plan),
         "data": {
@@ -161,7 +160,7 @@ def _show(prepared: Prepared, console: Console) -> None:
         f"at most {plan.length:,}, learning rate {plan.learning_rate:g}",
         f"cost      about {human_bytes(estimate.total)} of memory ({human_bytes(estimate.available)} are free), "
         f"about {_duration(estimate.seconds)}",
-        f"folder    {prepared.folder}" + (", where a run goes on" if prepared.resumed else ""),
+        f"folder    {prepared.folder}" + (", where a run goes on" if prepared.begun else ""),
         "",
     ]
     for line in lines:
@@ -189,7 +188,6 @@ class _LiveLine:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._console, self._quiet, self._steps = console, quiet, prepared.plan.steps
-        self._before = self._last = time.monotonic()
         self._held_out = ""
         self._live = not quiet and console.is_terminal
         self._bar = Progress(
@@ -217,11 +215,10 @@ class _LiveLine:
 
     def on_step(self, report: StepReport) -> None:
         """What a step found."""
-        now = time.monotonic()
-        speed, self._last = report.count / max(now - self._last, 1e-9), now
+        speed = report.count / max(report.seconds, 1e-9)
         if report.validation_loss is not None:
             self._held_out = f", held-out {report.validation_loss:.4f}"
-        text = f"step {report.step}/{self._steps}  loss {report.loss:.4f}{self._held_out}  {speed:,.0f} learnt tokens/s"
+        text = f"step {report.step}/{self._steps}  loss {report.loss:.4f}{self._held_out}  {speed:,.0f} learnt a second"
         if self._live:
             self._bar.update(self._task, completed=report.step, description=text)
         elif not self._quiet and (report.step in (1, self._steps) or report.validation_loss is not None):

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+import psutil
 import torch
 
 from puna.checkpoint import Checkpoint, open_checkpoint
-from puna.checkpoint.atomic import atomic_path
 from puna.checkpoint.json_file import read_json, write_json
 from puna.errors import StoreError, TrainingError
+from puna.model.shapes import parameter_count
 from puna.ops.torch_ops import TorchOps
 from puna.store import Manifest, ModelName, ResolvedModel, Store, resolve
 from puna.train.estimate import Estimate, fitted
@@ -29,15 +29,18 @@ from puna.train.prepare import OnSource, PreparedData, prepare_data
 from puna.train.quantized_base import QuantizedBase
 from puna.train.recipe import Recipe, recipe_to_toml
 from puna.train.result import check_name, register, save_result
+from puna.train.runs import Evaluation, Run, RunFolder, RunInputs
+from puna.train.runs.folder import check_same
+from puna.train.runs.run import RECORD, Busy
 from puna.train.trainer import StepReport, Trainer, evaluate
 from puna.train.training_state import best_state
 
-RECIPE, RUN, STATES = "recipe.toml", "run.json", "states"
+PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can begin or, with ``resumed``, go on. ``before``: the held-out loss at its beginning, if known."""
+    """A run that can begin or, with ``begun``, go on. ``restart``: what is there of an earlier one is deleted first."""
 
     recipe: Recipe
     found: ResolvedModel
@@ -47,8 +50,8 @@ class Prepared:
     estimate: Estimate
     folder: Path
     store: Store
-    resumed: bool
-    before: float | None = None
+    begun: Run | None
+    restart: bool
 
     @property
     def left_out_documents(self) -> int:
@@ -56,14 +59,20 @@ class Prepared:
         dropped = self.plan.truncation == "drop"
         return int((self.data.lengths > self.plan.length).sum()) if dropped else 0
 
-    def facts(self) -> dict[str, Any]:
-        """What must be as it was for the run to go on, and what was chosen when it began, for ``run.json``."""
-        return {
-            "base": self.found.identity,
-            "data": self.data.digest,
-            "plan": dataclasses.asdict(self.plan),
-            "held_out_loss_before": self.before,
-        }
+    @property
+    def inputs(self) -> RunInputs:
+        """What the run is made from, as its folder tells."""
+        return RunInputs(
+            name=self.recipe.output,
+            model=self.recipe.model,
+            model_digest=self.found.identity,
+            objective=self.recipe.objective_name,
+            method=self.recipe.method.type,
+            seed=self.recipe.seed,
+            steps=self.plan.steps,
+            data=tuple(source.facts() for source in self.data.sources),
+            device=self.plan.device,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,17 +114,23 @@ def prepare(
             f"{recipe.model} is a model with an adapter; train the model that it belongs to, or a merged one"
         )
     checkpoint = open_checkpoint(found.path)
-    begun = None if restart else _begun(folder, recipe)
-    variables = begun["plan"]["variables"] if begun else {"date_string": datetime.now().strftime("%d %b %Y")}
+    begun = Run.read(folder) if (folder / RECORD).exists() else None
+    if begun is not None and begun.busy:
+        raise Busy(f"another process trains in {folder} now; wait for it, or choose another --out")
+    goes_on = begun is not None and not restart
+    plan = _kept_plan(folder) if goes_on else None
+    variables = {"date_string": f"{datetime.now():%d %b %Y}"} if plan is None else plan.variables
     data = prepare_data(recipe, found, variables, on_source)
-    if begun is None:
+    if plan is None:
         plan = make_plan(recipe, checkpoint.config, data, variables)
-    else:
-        plan = _same_plan(begun, folder, found, data)
     plan, estimate = fitted(recipe, checkpoint, plan, force)
     plan.settings(recipe)
-    before = begun["held_out_loss_before"] if begun else None
-    return Prepared(recipe, found, checkpoint, data, plan, estimate, folder, store, begun is not None, before)
+    prepared = Prepared(
+        recipe, found, checkpoint, data, plan, estimate, folder, store, begun if goes_on else None, restart
+    )
+    if prepared.begun is not None:
+        check_same(prepared.begun, recipe_to_toml(recipe), prepared.inputs)
+    return prepared
 
 
 def run(
@@ -127,30 +142,41 @@ def run(
 
     Raises TrainingError, CheckpointError, StoreError; the run can be gone on with after any of them, or a kill.
     """
+    with _open_folder(prepared) as folder:
+        return _run(prepared, folder, on_step, on_stage)
+
+
+def _run(
+    prepared: Prepared, folder: RunFolder, on_step: Callable[[StepReport], None], on_stage: Callable[[str], None]
+) -> Outcome:
     recipe, plan, data = prepared.recipe, prepared.plan, prepared.data
-    if not prepared.resumed:
-        _begin(prepared)
     on_stage("loading the model")
     module = make_module(prepared)
     objective = recipe.objective.objective(module)
     held_out = data.held_out(plan.length, plan.truncation, plan.answers)
     stream = data.stream(recipe.seed, plan.length, plan.truncation, plan.answers)
-    trainer = Trainer(module, objective, stream, plan.settings(recipe), prepared.folder / STATES, held_out)
-    before = prepared.before
-    if held_out and before is None:
+    trainer = Trainer(module, objective, stream, plan.settings(recipe), folder.states, held_out)
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    folder.note(parameters=parameter_count(prepared.checkpoint.config), trained_parameters=trained)
+    if held_out and folder.record.before is None:
         on_stage("measuring the held-out loss before")
-        before = evaluate(module, objective, held_out)
-        _write_facts(dataclasses.replace(prepared, before=before))
+        folder.note(before=Evaluation({"loss": evaluate(module, objective, held_out)}))
+
+    def log(report: StepReport) -> None:
+        folder.log(_numbers(report))
+        on_step(report)
+
     on_stage("training")
-    trainer.run(on_step)
+    trainer.run(log)
     if recipe.training.keep_best:
-        _take_best(module, prepared.folder / STATES)
+        _take_best(module, folder.states)
     on_stage("measuring the held-out loss after")
-    after = evaluate(module, objective, held_out) if held_out else None
+    after = Evaluation({"loss": evaluate(module, objective, held_out)}) if held_out else None
     on_stage("saving")
-    path = save_result(recipe, prepared.found, prepared.checkpoint, module, prepared.folder)
+    path = save_result(recipe, prepared.found, prepared.checkpoint, module, folder.folder)
     manifest = register(recipe, prepared.found, path, prepared.store)
-    return Outcome(manifest, path, trainer.step, before, after)
+    folder.finish(str(manifest.model_name), after)
+    return Outcome(manifest, path, trainer.step, _loss(folder.record.before), _loss(after))
 
 
 def make_module(prepared: Prepared) -> LlamaModule:
@@ -166,42 +192,44 @@ def make_module(prepared: Prepared) -> LlamaModule:
     )
 
 
-def _begin(prepared: Prepared) -> None:
-    shutil.rmtree(prepared.folder, ignore_errors=True)
-    prepared.folder.mkdir(parents=True)
-    _write_facts(prepared)
-    # Last, for with it the run has begun.
-    with atomic_path(prepared.folder / RECIPE) as temporary:
-        temporary.write_text(recipe_to_toml(prepared.recipe), encoding="utf-8")
+def _open_folder(prepared: Prepared) -> RunFolder:
+    text, folder = recipe_to_toml(prepared.recipe), prepared.folder
+    if prepared.begun is not None:
+        opened = RunFolder.resume(text, prepared.inputs, folder)
+    else:
+        if prepared.restart:
+            shutil.rmtree(folder, ignore_errors=True)
+        opened = RunFolder.start(text, prepared.inputs, folder)
+    if not (folder / PLAN).exists():
+        write_json(folder / PLAN, dataclasses.asdict(prepared.plan))
+    return opened
 
 
-def _write_facts(prepared: Prepared) -> None:
-    with atomic_path(prepared.folder / RUN) as temporary:
-        write_json(temporary, prepared.facts())
-
-
-def _begun(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The facts of the run in the folder; None where there is none. Raises TrainingError when it is another's."""
-    if not (folder / RECIPE).exists():
+def _kept_plan(folder: Path) -> Plan | None:
+    """What was chosen when the run began; None where it was cut off before that was written."""
+    if not (folder / PLAN).exists():
         return None
-    if (folder / RECIPE).read_text(encoding="utf-8") != recipe_to_toml(recipe):
-        raise _another(folder, "recipe")
-    return read_json(folder / RUN)
+    raw = read_json(folder / PLAN)
+    if raw.keys() != {field.name for field in dataclasses.fields(Plan)}:
+        raise TrainingError(f"{folder / PLAN} is damaged, or of another version of Puna; begin anew with --restart")
+    return Plan(**raw)
 
 
-def _same_plan(begun: dict[str, Any], folder: Path, found: ResolvedModel, data: PreparedData) -> Plan:
-    if begun["base"] != found.identity:
-        raise _another(folder, "model")
-    if begun["data"] != data.digest:
-        raise _another(folder, "data")
-    return Plan(**begun["plan"])
+def _numbers(report: StepReport) -> dict[str, float | None]:
+    numbers: dict[str, float | None] = {
+        "step": report.step,
+        "loss": report.loss,
+        "validation_loss": report.validation_loss,
+        "learning_rate": report.learning_rate,
+        "gradient_norm": report.gradient_norm,
+        "seconds": report.seconds,
+        "memory_bytes": psutil.Process().memory_info().rss,
+    }
+    return {**numbers, **report.metrics}
 
 
-def _another(folder: Path, what: str) -> TrainingError:
-    return TrainingError(
-        f"{folder} holds a run that began with another {what}; go on with what it began with, choose another --out, "
-        "or begin anew with --restart, which deletes that run"
-    )
+def _loss(evaluation: Evaluation | None) -> float | None:
+    return None if evaluation is None else evaluation.numbers["loss"]
 
 
 def _take_best(module: LlamaModule, states: Path) -> None:

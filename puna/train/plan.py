@@ -17,7 +17,7 @@ from puna.train.recipe import Recipe
 from puna.train.trainer import Settings
 
 LONGEST = {"cpu": 1024, "cuda": 4096}  # of sequences, if nothing else is said
-STEP_TOKENS = (512, 8192)  # of one step: the fewest and the most
+STEP_TOKENS = (128, 8192)  # of one step: the fewest and the most
 STEPS_OF_AN_EPOCH = 30  # for which a small set gets smaller steps
 FEWEST_STEPS = 60  # for which it gets more epochs, up to:
 MOST_EPOCHS = 10
@@ -64,6 +64,7 @@ class Plan:
             evaluate_every=self.evaluate_every,
             keep=given.keep,
             seed=recipe.seed,
+            optimizer=given.optimizer,
         )
 
 
@@ -138,9 +139,10 @@ def _step_tokens(tokens: float) -> int:
 
 def _packs(lengths: NDArray[np.int32], length: int) -> float:
     """About how many sequences the documents fill."""
-    some = lengths[:: max(1, len(lengths) // _SAMPLE)]
-    if not len(some):
+    if not len(lengths):
         return 0.0
+    # As PackedStream does, which fills the last sequence of a small set with the next epoch's documents.
+    some = np.resize(lengths[:: max(1, len(lengths) // _SAMPLE)], max(256, min(len(lengths), _SAMPLE)))
     packs = pack([Tokens(np.empty(size, np.int32), np.zeros(size, np.bool_)) for size in some], length)
     return len(packs) * float(lengths.sum()) / float(some.sum())
 

@@ -20,6 +20,7 @@ from puna.train.data.packing import PackedStream
 from puna.train.data.render import Renderer
 from puna.train.data.tokens import Tokens, Truncation
 from puna.train.recipe import DataSource, Recipe
+from puna.train.runs import DataFacts
 from puna.train.trainer import Stream
 
 MOST_HELD_OUT = 1000  # rows
@@ -45,8 +46,12 @@ class PreparedSource:
     held_out: Subset
     weight: float | None
 
-    def documents(self, place: int) -> list[Tokens]:
-        return self.renderer.documents(self.train[place])
+    def facts(self) -> DataFacts:
+        """As the run's folder tells it. Tokens are about those of the rows that are trained on."""
+        rows = len(self.scan.good)
+        share = len(self.train) / max(rows, 1)
+        tokens, trained = (int(share * int(_known(n).sum())) for n in (self.scan.lengths, self.scan.trained))
+        return DataFacts(self.dataset.name, self.scan.digest, rows, len(self.held_out), tokens, trained)
 
 
 @dataclass(frozen=True)

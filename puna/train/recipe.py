@@ -5,6 +5,7 @@ What is None is chosen for the model and the data (puna/train/plan.py).
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,9 @@ from puna.tensor import QUANT_TYPES
 from puna.train.data.render import TrainOn
 from puna.train.data.tokens import Truncation
 from puna.train.module import LINEAR_LAYERS, Full, LoRA
-from puna.train.objective_table import OBJECTIVES, SFT, Knobs
+from puna.train.objectives import OBJECTIVES, Knobs
+from puna.train.objectives.next_token import SFT
+from puna.train.optimizers import OPTIMIZERS
 from puna.train.tables import nearest, read_table, to_toml, write_table
 
 if sys.version_info >= (3, 11):
@@ -88,6 +91,11 @@ class Method:
             if kind is None or kind.block_size == 1 or not kind.can_encode:
                 known = [name for name, kind in QUANT_TYPES.items() if kind.block_size > 1 and kind.can_encode]
                 raise TrainingError(f"method.base_type is {self.base_type!r}; {nearest(self.base_type, known)}")
+        if self.frozen is not None:
+            try:
+                re.compile(self.frozen)
+            except re.error as error:
+                raise TrainingError(f"method.frozen is no regular expression: {error}, in {self.frozen!r}") from None
         self.trained()
 
     def trained(self) -> Full | LoRA:
@@ -126,6 +134,7 @@ class Training:
     keep: int = 2
     keep_best: bool = True
     recompute: bool | None = None
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
@@ -145,6 +154,8 @@ class Training:
         for name in ("final_rate", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainingError(f"training.{name} must be from 0 to 1, found {getattr(self, name):g}")
+        if self.optimizer not in OPTIMIZERS:
+            raise TrainingError(f"training.optimizer is {self.optimizer!r}; {nearest(self.optimizer, OPTIMIZERS)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"training.betas must be from 0 to below 1, found {list(self.betas)}")
         if None not in (self.steps, self.warmup) and self.warmup > self.steps:  # type: ignore[operator]

@@ -76,7 +76,7 @@ class RunFolder:
         """
         run = cls(folder.expanduser().absolute())
         try:
-            _check_same(Run.read(run.folder), recipe, inputs)
+            check_same(Run.read(run.folder), recipe, inputs)
             starts = (*run.record.starts, this_start())
             run._save(replace(run.record, starts=starts, status="running", error=None, ended=None))
         except BaseException:
@@ -172,7 +172,7 @@ def _new_folder(name: str) -> Path:
     return folder
 
 
-def _check_same(run: Run, recipe: str, inputs: RunInputs) -> None:
+def check_same(run: Run, recipe: str, inputs: RunInputs) -> None:
     """Raises TrainingError that names the first difference, or says that there is nothing to resume."""
     if run.record.status == "finished":
         raise TrainingError(f"the run in {run.folder} has finished already; choose another folder for a new one")
