@@ -85,10 +85,16 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+def read_into(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Fill these, which may be sharded, from a state on disk; all ranks that have a part of them together."""
+    assert isinstance(tensors, _Stored)
+    tensors.read_into(into)
+
+
 def shared_out(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's part of a state on disk: a tensor is sharded as the parameter whose name its own begins with."""
     assert isinstance(tensors, _Stored)
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, shape in tensors.shapes.items():
         like, dtype = parameters[name.split(":")[0]], tensors.dtypes[name]
         same = shape == tuple(like.shape)
