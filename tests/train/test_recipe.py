@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from puna.errors import TrainingError  # noqa: E402
-from puna.train.objectives.pairs import DPO  # noqa: E402
-from puna.train.recipe import (  # noqa: E402
+from puna.errors import TrainingError
+from puna.train.objectives.pairs import DPO
+from puna.train.recipe import (
     DataSource,
     Method,
     Recipe,
@@ -22,7 +22,7 @@ from puna.train.recipe import (  # noqa: E402
     recipe_from,
     recipe_to_toml,
 )
-from puna.train.tables import to_toml  # noqa: E402
+from puna.train.tables import to_toml
 
 if sys.version_info >= (3, 11):
     import tomllib
