@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "pack": "puna.cli.pack:pack",
     "convert": "puna.cli.convert:convert",
     "data": "puna.cli.data:data",
+    "runs": "puna.cli.runs:runs",
     "quantize": "puna.cli.quantize:quantize",
     "compare": "puna.cli.compare_models:compare_models",
     "bench": "puna.cli.bench:bench",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from puna.plots.page import text
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 44
@@ -40,7 +41,7 @@ class Axis:
 
 def opening(x_title: str, y_title: str) -> str:
     """The tag that begins the picture."""
-    label = f"{escape(y_title)} against {escape(x_title)}"
+    label = f"{text(y_title)} against {text(x_title)}"
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
 
 
@@ -55,10 +56,10 @@ def frame(x: Axis, y: Axis, x_title: str, y_title: str) -> list[str]:
         at = y.place(tick)
         parts.append(f'<line class="grid" x1="{x.start}" y1="{at:.1f}" x2="{x.end}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    parts.append(f'<text x="{(x.start + x.end) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>')
+    parts.append(f'<text x="{(x.start + x.end) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{text(x_title)}</text>')
     middle = (y.start + y.end) / 2
     turned = f'x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})"'
-    return [*parts, f"<text {turned}>{escape(y_title)}</text>"]
+    return [*parts, f"<text {turned}>{text(y_title)}</text>"]
 
 
 def axis_of(values: Sequence[float], start: float, end: float) -> Axis:
