@@ -134,7 +134,7 @@ class RunFolder:
         self._save(replace(self.record, **{name: value for name, value in known.items() if value is not None}))
 
     def finish(self, result: str, after: Evaluation | None = None) -> None:
-        """The run is done: ``result`` is the name or path of what it made. Lets go of the folder, and writes the report."""
+        """The run is done: ``result`` is the name or path of what it made. Writes the report, after letting go."""
         self._save(replace(self.record, status="finished", result=result, after=after, ended=now()))
         self.close()
         self._write_report()
