@@ -11,7 +11,8 @@ from puna.plots.page import text
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 44
 FLOOR = 1e-7  # less is drawn on a logarithmic axis as if it were this
-_NOTHING = 1e-100  # a smaller range is none
+_NOTHING = 1e-100  # a smaller number is 0
+_ROUNDING = 1e-12  # a smaller range, as a share of its numbers, is none
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ def frame(x: Axis, y: Axis, x_title: str, y_title: str) -> list[str]:
 def axis_of(values: Sequence[float], start: float, end: float) -> Axis:
     """A linear axis with a margin around ``values``; it does not go below 0 where they do not."""
     low, high = min(values), max(values)
-    margin = 0.06 * (high - low)
-    if margin < _NOTHING:
-        margin = 0.1 * abs(high) if abs(high) > _NOTHING else 1.0
+    margin, largest = 0.06 * (high - low), max(abs(low), abs(high))
+    if margin < max(_NOTHING, _ROUNDING * largest):
+        margin = 0.1 * largest if largest > _NOTHING else 1.0
     return Axis(max(low - margin, 0.0) if low >= 0 else low - margin, high + margin, start, end)
 
 

@@ -123,6 +123,17 @@ def test_no_text_escapes() -> None:
     assert "\x1b" not in shown(HOSTILE)
 
 
+def test_memory_has_a_unit_and_no_noise() -> None:
+    with RunFolder.start(RECIPE, INPUTS) as run:
+        for step in range(30):
+            run.log({"step": step, "memory_bytes": 1.9e9})
+    page = parsed(run_page(Run.read(run.folder)))
+    assert next(element.text for element in page.iter("h2")) == "Memory, GB"
+    (line,) = page.iter("polyline")
+    assert len({pair.split(",")[1] for pair in line.get("points", "").split()}) == 1
+    assert {"1.8", "1.9", "2"} <= {text.text for text in page.iter("text")}
+
+
 def test_the_page_of_several() -> None:
     a, b = trained([3.0, 2.0]), trained([3.0, 1.0, 0.5], RECIPE.replace("rank = 8", "rank = 16"))
     page = comparison_page([a, b])
@@ -138,6 +149,9 @@ def test_the_page_of_several() -> None:
 def test_listed_and_found(home: Path) -> None:
     assert list_runs() == []
     a, b = trained([3.0]), trained([2.0], name="other")
+    again = trained([3.0])
+    assert find_run("bot") == again  # the newest
+    remove_run(again)
     assert {run.folder for run in list_runs()} == {a.folder, b.folder}
     line = overview(a)
     assert (line["loss_before"], line["loss_after"], line["steps"], line["planned_steps"]) == (2.5, 1.5, 1, 3)
@@ -162,6 +176,9 @@ def test_removed(home: Path) -> None:
     assert list_runs() == []
     assert list((home / "runs").iterdir()) == [b.folder]
     assert [path.name for path in b.folder.iterdir()] == ["my-adapter"]
+
+
+def test_what_is_being_trained_stays() -> None:
     with RunFolder.start(RECIPE, INPUTS) as run:
         with pytest.raises(TrainingError, match="being trained in now"):
             remove_run(Run.read(run.folder))

@@ -24,7 +24,7 @@ def list_runs(home: Path | None = None, notify: Callable[[str], None] = lambda m
             found.append(Run.read(path.parent))
         except TrainingError as error:
             notify(str(error))
-    return sorted(found, key=lambda run: run.record.starts[0].time, reverse=True)
+    return sorted(found, key=lambda run: (run.record.starts[0].time, run.name), reverse=True)
 
 
 def find_run(text: str) -> Run:

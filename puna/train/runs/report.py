@@ -15,6 +15,8 @@ from puna.train.runs.summary import comparison, final_numbers, names_of, shown
 _NOISY = 20  # a curve of more points is drawn smooth too
 _FIRST = ("loss", "validation_loss", "learning_rate", "gradient_norm", "tokens_per_second")
 _NOT_DRAWN = ("tokens", "seconds")
+_EXACT = ("learning_rate", "memory_bytes")  # without noise
+_UNITS = {"memory_bytes": ("memory, GB", 1e-9)}
 
 
 def run_page(run: Run) -> str:
@@ -66,14 +68,16 @@ def _plots(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[tuple[str, str]]:
         if over in names:
             named = [Curve("training", c.points, c.colour, c.faint) for c in curves]
             curves = [*named, Curve("held out", curve(runs[0][1], over), 1)]
-        if picture := plot_curves(curves, "step", _title(name)):
-            found.append((_title(name).capitalize(), picture))
+        title = _UNITS[name][0] if name in _UNITS else _title(name)
+        if picture := plot_curves(curves, "step", title):
+            found.append((title[:1].upper() + title[1:], picture))
     return found
 
 
 def _curves(rows: Sequence[Row], name: str, label: str, colour: int) -> list[Curve]:
-    points = curve(rows, name)
-    if len(points) <= _NOISY or name == "learning_rate":
+    _, factor = _UNITS.get(name, ("", 1.0))
+    points = [(step, factor * value) for step, value in curve(rows, name)]
+    if len(points) <= _NOISY or name in _EXACT:
         return [Curve(label, points, colour)]
     return [Curve(label, points, colour, faint=True), Curve(label, smoothed(points), colour)]
 
