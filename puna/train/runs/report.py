@@ -57,17 +57,15 @@ def comparison_page(runs: Sequence[Run]) -> str:
 def _plots(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[tuple[str, str]]:
     """Titles and pictures: one for every name; of one run the validation's lies over its training's."""
     names = dict.fromkeys([*_FIRST, *(name for _, rows in runs for name in names_of(rows))])
+    overlaid = {f"validation_{name}" for name in names if f"validation_{name}" in names} if len(runs) == 1 else set()
     found = []
     for name in names:
-        over = f"validation_{name}" if len(runs) == 1 else None
-        if name in _NOT_DRAWN or (
-            len(runs) == 1 and name.removeprefix("validation_") in names and "validation_" in name
-        ):
+        if name in _NOT_DRAWN or name in overlaid:
             continue
         curves = [c for colour, (label, rows) in enumerate(runs) for c in _curves(rows, name, label, colour)]
-        if over in names:
-            named = [Curve("training", c.points, c.colour, c.faint) for c in curves]
-            curves = [*named, Curve("held out", curve(runs[0][1], over), 1)]
+        if f"validation_{name}" in overlaid:
+            curves = [Curve("training", c.points, c.colour, c.faint) for c in curves]
+            curves.append(Curve("held out", curve(runs[0][1], f"validation_{name}"), 1))
         title = _UNITS[name][0] if name in _UNITS else _title(name)
         if picture := plot_curves(curves, "step", title):
             found.append((title[:1].upper() + title[1:], picture))
