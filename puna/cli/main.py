@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "data": "puna.cli.data:data",
     "finetune": "puna.cli.finetune:finetune",
     "train": "puna.cli.train:train",
+    "runs": "puna.cli.runs:runs",
     "quantize": "puna.cli.quantize:quantize",
     "compare": "puna.cli.compare_models:compare_models",
     "bench": "puna.cli.bench:bench",
