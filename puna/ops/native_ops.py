@@ -80,12 +80,14 @@ class NativeKVCache:
 
 
 class NativeOps:
-    """Weights stay in their encoding; activations are quantized to int8 in groups of 32 where the weights are.
+    """Weights stay in their encoding; activations are quantized to int8 in groups of 32 where the weights are, and
+    rounded to bfloat16 for bfloat16 weights where the instructions multiply those (``avx512bf16``).
 
     A row's result depends neither on the rows beside it nor on the number of threads. ``threads`` defaults to the
-    physical cores this process may use; ``isa`` (``avx512``, ``avx2``, ``neon``, ``portable``) to the environment
-    variable PUNA_ISA, else the best this machine has. Raises RequestError when it can't run those instructions, and
-    ImportError on import where the extension was not built. After fork() the child computes on one thread.
+    physical cores this process may use; ``isa`` (``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``portable``) to
+    the environment variable PUNA_ISA, else the best this machine has. Raises RequestError when it can't run those
+    instructions, and ImportError on import where the extension was not built. After fork() the child computes on one
+    thread.
     """
 
     name = "native"
