@@ -32,6 +32,8 @@ Floats = NDArray[np.float32]
 Angles = tuple[Floats, Floats]
 ALIGNMENT = 64
 MAPPING_BYTES = 32 << 20
+PACKED_AT_ONCE = 16 << 20
+PANEL_ROWS = 16
 
 
 @dataclass
@@ -142,7 +144,12 @@ class NativeOps:
         kind, (rows, columns) = weight.type.gguf_id, weight.shape
         if destination is None:
             destination = _untouched_zeros(_native.packed_bytes(kind, rows, columns))
-        self._native.pack(kind, rows, columns, np.ascontiguousarray(weight.data), destination)
+        step = max(PACKED_AT_ONCE // weight.data.shape[1] // PANEL_ROWS, 1) * PANEL_ROWS
+        for first in range(0, rows, step):  # so that not all of a mapped file's matrix is in memory beside its panels
+            data = weight.data[first : first + step]
+            at, end = (_native.packed_bytes(kind, n, columns) for n in (first, first + len(data)))
+            self._native.pack(kind, len(data), columns, np.ascontiguousarray(data), destination[at:end])
+            drop_mapped_pages(data)
         return destination
 
     def packed_matrix(self, weight: Weight) -> PackedMatrix:
