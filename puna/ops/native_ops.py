@@ -33,7 +33,7 @@ Angles = tuple[Floats, Floats]
 ALIGNMENT = 64
 MAPPING_BYTES = 32 << 20
 PACKED_AT_ONCE = 16 << 20
-PANEL_ROWS = 16
+PANEL_ROWS = 16  # of csrc/panel.hpp
 
 
 @dataclass
