@@ -44,6 +44,10 @@ def test_a_packed_model_says_the_same_and_is_counted(stored, home: Path) -> None
     assert warned.err.startswith(f"Warning: the packed file {file} is not used: ")
     assert len(warned.err.splitlines()) == 1
     assert stored(*question, "--no-packed").err == before.err
+    chosen = home / "chosen.packed"
+    assert f"packed smollm2: {chosen}, " in stored("pack", "smollm2", "--out", str(chosen)).out
+    assert stored(*question, "--packed", str(chosen)) == before
+    assert "contradict" in stored(*question, "--packed", str(chosen), "--no-packed").err
     assert stored("rm", "smollm2").code == 0
     assert not file.exists()
 
