@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "convert": "puna.cli.convert:convert",
     "data": "puna.cli.data:data",
     "quantize": "puna.cli.quantize:quantize",
+    "merge": "puna.cli.merge:merge",
     "compare": "puna.cli.compare_models:compare_models",
     "bench": "puna.cli.bench:bench",
     "doctor": "puna.cli.doctor:doctor",

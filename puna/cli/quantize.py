@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from puna.cli.fidelity import html_option, keep_report, make_review, report_options
-from puna.cli.options import json_option, parse_size, threads_option
+from puna.cli.fidelity import Deriving, deriving_options
+from puna.cli.options import json_option, parse_size
 from puna.cli.progress import human_bytes
 
 _file = click.Path(path_type=Path)
@@ -41,12 +41,7 @@ def _parse_fit(context: click.Context, parameter: click.Parameter, value: str | 
     help="INT4, GPTQ, AWQ: whose layout the folder has (by default the method's own).",
 )
 @click.option("--requantize", is_flag=True, help="Accept a SOURCE that is quantized already, and its further loss.")
-@click.option(
-    "--force", is_flag=True, help="Replace the destination if it exists; keep the result whatever its report says."
-)
-@report_options(default=True)
-@html_option
-@threads_option
+@deriving_options(report=True)
 @json_option
 def quantize(
     source: str,
@@ -63,11 +58,7 @@ def quantize(
     symmetric: bool,
     layout: str | None,
     requantize: bool,
-    force: bool,
-    report: bool,
-    max_drift: float | None,
-    html: Path | None,
-    threads: int | None,
+    deriving: Deriving,
     as_json: bool,
 ) -> None:
     """Quantize SOURCE (a stored model, .gguf file or checkpoint folder) to the file DESTINATION.gguf.
@@ -75,9 +66,6 @@ def quantize(
     One of --type, --fit and --max-kl says how far. When it is cut off, the same command continues. With --type INT8,
     INT4, NF4, FP8, GPTQ or AWQ, DESTINATION is a Hugging Face folder instead (docs/hf-quantized.md).
     """
-    from rich.console import Console
-    from rich.progress import Progress, TimeRemainingColumn
-
     from puna.quantize import METHODS, FolderSettings, QuantizeSettings, quantize_to_folder
     from puna.quantize import quantize as quantize_model
 
@@ -91,36 +79,18 @@ def quantize(
         tensor_types=tensor_types,
         head=head,
         requantize=requantize,
-        overwrite=force,
+        overwrite=deriving.force,
     )
-    console = Console(stderr=True)
-    with Progress(
-        *Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bars:
-        task = bars.add_task("reading", total=None)
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            bars.update(task, description=what, completed=done, total=total)
-
-        review = make_review(
-            source,
-            destination,
-            report=report,
-            html=html,
-            force=force,
-            max_drift=max_drift,
-            threads=threads,
-            progress=on_progress,
-        )
+    with deriving.watched(source, destination) as (progress, review):
         result = None
         if mix is not None and mix.lower() in METHODS:
             if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
                 raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
             folder = FolderSettings(mix.lower(), group_size, symmetric, layout=layout, requantize=requantize)
-            quantize_to_folder(source, destination, folder, calibrate, force, on_progress, check=review)
+            quantize_to_folder(source, destination, folder, calibrate, deriving.force, progress, check=review)
         else:
-            result = quantize_model(source, destination, settings, threads, on_progress, check=review)
-    kept = keep_report(review, destination, html)
+            result = quantize_model(source, destination, settings, deriving.threads, progress, check=review)
+    kept = deriving.keep(review, destination)
     if as_json:
         facts = result.as_json() if result else {"path": str(destination)}
         click.echo(json.dumps(facts | {"report": kept.as_json() if kept else None}, indent=2, ensure_ascii=False))

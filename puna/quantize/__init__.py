@@ -1,6 +1,17 @@
 """Smaller models: which tensor gets which type, what the inputs say of it, and the file that comes of it."""
 
 from puna.quantize.folder import METHODS, FolderSettings, quantize_to_folder
+from puna.quantize.merge import merge_adapter
 from puna.quantize.quantize import Quantized, QuantizeSettings, quantize
+from puna.quantize.source import Source
 
-__all__ = ["METHODS", "FolderSettings", "QuantizeSettings", "Quantized", "quantize", "quantize_to_folder"]
+__all__ = [
+    "METHODS",
+    "FolderSettings",
+    "QuantizeSettings",
+    "Quantized",
+    "Source",
+    "merge_adapter",
+    "quantize",
+    "quantize_to_folder",
+]

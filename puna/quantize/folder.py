@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from puna.checkpoint import Checkpoint, open_checkpoint
+from puna.checkpoint import Checkpoint
 from puna.checkpoint.convert import check_destination, put
 from puna.checkpoint.hf_quantized.awq import awq_config, awq_tensors
 from puna.checkpoint.hf_quantized.bitsandbytes import nf4_config, nf4_tensors
@@ -24,7 +24,7 @@ from puna.quantize.calibration import Windows, read_windows
 from puna.quantize.gptq import gptq
 from puna.quantize.layerwise import STAGES, LayerByLayer
 from puna.quantize.rtn import round_to_nearest
-from puna.store import resolve
+from puna.quantize.source import Source
 from puna.tensor import Weight
 from puna.tensor.groupwise import Grouped
 
@@ -59,7 +59,7 @@ class FolderSettings:
 
 
 def quantize_to_folder(
-    source: str,
+    source: str | Path | Source,
     destination: Path,
     settings: FolderSettings,
     calibrate: Path | None = None,
@@ -74,9 +74,9 @@ def quantize_to_folder(
     short, and what quantize_folder raises.
     """
     destination = destination.expanduser()
-    path = resolve(source).path
-    check_destination(path, destination, overwrite)
-    checkpoint = open_checkpoint(path)
+    source = source if isinstance(source, Source) else Source.open(source)
+    check_destination(source.path, destination, overwrite)
+    checkpoint = source.checkpoint
     windows = None if calibrate is None else read_windows(checkpoint, calibrate)
     put(destination, lambda fresh: quantize_folder(checkpoint, fresh, settings, windows, progress), check)
 
