@@ -24,7 +24,7 @@ from puna.checkpoint.recode import float_type
 from puna.checkpoint.safetensors import write_safetensors
 from puna.config import ModelConfig
 from puna.errors import CheckpointError
-from puna.tensor import Adapter, Weight
+from puna.tensor import Adapter, DeferredWeight, Weight, quant_type
 from puna.tensor.mapped import drop_mapped_pages
 
 _NUMBERS_AT_ONCE = 1 << 22
@@ -119,9 +119,13 @@ class _Merged(Mapping[str, Weight]):
 
     def __getitem__(self, name: str) -> Weight:
         weight = self._tensors[name]
-        change = self._adapter.changes.get(name)
-        if change is None:
+        if name not in self._adapter.changes:
             return weight
+        kind = float_type(weight, None) if self._keep_types else quant_type("F32")
+        return DeferredWeight(name, weight.shape, kind, lambda: kind.encode(self._sum(name, weight)))
+
+    def _sum(self, name: str, weight: Weight) -> NDArray[np.float32]:
+        change = self._adapter.changes[name]
         values = np.empty(weight.shape, np.float32)
         b = change.b * np.float32(change.scale)
         step = max(1, _NUMBERS_AT_ONCE // weight.shape[1])
@@ -132,8 +136,7 @@ class _Merged(Mapping[str, Weight]):
         if (magnitude := self._adapter.magnitudes.get(name)) is not None:
             lengths = np.sqrt(np.einsum("ij,ij->i", values, values))
             values *= (magnitude / np.where(lengths == 0, 1, lengths))[:, None]
-        kind = float_type(weight, None).name if self._keep_types else "F32"
-        return Weight.from_array(name, values, kind)
+        return values
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

@@ -11,9 +11,13 @@ import pytest
 from tiny_models import tiny_checkpoint, tiny_config
 
 from puna.checkpoint import open_checkpoint
+from puna.cli.show import model_facts
 from puna.errors import CheckpointError, RequestError
+from puna.llm.memory import estimate_memory
+from puna.ops.reference import ReferenceOps
 from puna.quantize.folder import FolderSettings, calibrated, quantize_folder
 from puna.quantize.rtn import round_to_nearest
+from puna.store import ResolvedModel
 from puna.tensor import Weight
 
 WINDOWS = [np.random.default_rng(i).integers(0, 256, 48).tolist() for i in range(4)]
@@ -76,10 +80,47 @@ def test_calibrated_folders_hold_what_was_found(tmp_path: Path, name: str) -> No
         np.testing.assert_allclose(opened.tensors[key].dequantize(), expected.dequantize(), rtol=2.0**-11, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_types_and_sizes_are_known_without_converting(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, name)
+    made = {key: Weight.from_array(key, w.dequantize()).shape for key, w in open_checkpoint(path).tensors.items()}
+    types = {key: weight.type for key, weight in open_checkpoint(path).tensors.items() if weight.data.size}
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a matrix was converted")
+
+    monkeypatch.setattr("puna.tensor.groupwise.Grouped.as_weight", refuse)
+    monkeypatch.setattr("puna.checkpoint.hf_quantized.layout.encode_rows", refuse)
+    checkpoint = open_checkpoint(path)
+    assert {key: weight.shape for key, weight in checkpoint.tensors.items()} == made
+    assert {key: weight.type for key, weight in checkpoint.tensors.items()} == types
+    expected = sum(kind.row_bytes(made[key][-1]) * int(np.prod(made[key][:-1])) for key, kind in types.items())
+    assert estimate_memory(ReferenceOps(), ResolvedModel(path, None, path), 1).weights == expected
+    with pytest.raises(AssertionError, match="converted"):
+        _ = checkpoint.tensors[DOWN].data
+
+
+def test_show_says_what_is_stored(tmp_path: Path) -> None:
+    facts = model_facts(str(written(tmp_path, "gptq")))
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    assert facts["model"]["quantization"] == "GPTQ, 4 bits in groups of 32"
+    assert facts["file"]["size"] == size
+    assert facts["model"]["bits per weight"] == round(8 * size / facts["model"]["parameters"], 2)
+    for name, title in (
+        ("awq", "AWQ, 4 bits in groups of 32"),
+        ("int8", "compressed-tensors pack-quantized, 8 bits"),
+        ("int4", "compressed-tensors pack-quantized, 4 bits in groups of 32"),
+        ("fp8", "compressed-tensors float-quantized, 8 bits"),
+        ("nf4", "bitsandbytes 4 bits"),
+    ):
+        assert model_facts(str(written(tmp_path / name, name)))["model"]["quantization"] == title
+
+
 def test_native_ops_run_it(tmp_path: Path) -> None:
     native_ops = pytest.importorskip("puna.ops.native_ops", reason="the native extension is not built")
     from puna.model.model import Model
-    from puna.ops.reference import ReferenceOps
     from puna.quantize.calibration import divergence, log_probabilities
 
     checkpoint = open_checkpoint(written(tmp_path, "gptq"))
@@ -125,7 +166,6 @@ def test_compressed_tensors_unpacks_zero_points(tmp_path: Path) -> None:
 def assert_same_logits(path: Path, limit: float = 1e-4) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from puna.model.model import Model
-    from puna.ops.reference import ReferenceOps
     from puna.quantize.calibration import divergence, log_probabilities
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
