@@ -3,6 +3,7 @@
 from puna.quantize.folder import METHODS, FolderSettings, quantize_to_folder
 from puna.quantize.merge import merge_adapter
 from puna.quantize.quantize import Quantized, QuantizeSettings, quantize
+from puna.quantize.quantizer import quantizer
 from puna.quantize.source import Source
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "merge_adapter",
     "quantize",
     "quantize_to_folder",
+    "quantizer",
 ]
