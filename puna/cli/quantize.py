@@ -40,6 +40,28 @@ def _parse_fit(context: click.Context, parameter: click.Parameter, value: str | 
     type=click.Choice(["compressed-tensors", "gptq", "awq"]),
     help="INT4, GPTQ, AWQ: whose layout the folder has (by default the method's own).",
 )
+@click.option(
+    "--act-order/--no-act-order", default=True, show_default=True, help="GPTQ: columns of the largest inputs first."
+)
+@click.option(
+    "--static-groups/--no-static-groups",
+    default=True,
+    show_default=True,
+    help="GPTQ: groups stay runs of columns, whatever their order (desc_act is false then).",
+)
+@click.option(
+    "--true-sequential/--no-true-sequential",
+    default=True,
+    show_default=True,
+    help="GPTQ: each linear sees what the quantized ones before it in its layer make.",
+)
+@click.option(
+    "--zero-points",
+    type=click.Choice(["v1", "v2"]),
+    default="v1",
+    show_default=True,
+    help="Layout gptq: stored one less, as all loaders read them, or as they are.",
+)
 @click.option("--requantize", is_flag=True, help="Accept a SOURCE that is quantized already, and its further loss.")
 @deriving_options(report=True)
 @json_option
@@ -57,6 +79,10 @@ def quantize(
     group_size: int,
     symmetric: bool,
     layout: str | None,
+    act_order: bool,
+    static_groups: bool,
+    true_sequential: bool,
+    zero_points: str,
     requantize: bool,
     deriving: Deriving,
     as_json: bool,
@@ -86,7 +112,17 @@ def quantize(
         if mix is not None and mix.lower() in METHODS:
             if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
                 raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
-            folder = FolderSettings(mix.lower(), group_size, symmetric, layout=layout, requantize=requantize)
+            folder = FolderSettings(
+                mix.lower(),
+                group_size,
+                symmetric,
+                act_order,
+                static_groups,
+                true_sequential,
+                layout,
+                zero_points,
+                requantize,
+            )
             quantize_to_folder(source, destination, folder, calibrate, deriving.force, progress, check=review)
         else:
             result = quantize_model(source, destination, settings, deriving.threads, progress, check=review)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from puna.tensor.groupwise import Grouped
 
 METHODS = ("int8", "int4", "nf4", "fp8", "gptq", "awq")
 LAYOUTS = ("compressed-tensors", "gptq", "awq")
+ZERO_POINTS = ("v1", "v2")
 
 Progress = Callable[[str, int, int], None]
 
@@ -39,17 +41,26 @@ class FolderSettings:
     """What to make. ``method`` is one of METHODS: ``int8`` has a scale for each row; ``int4`` is rounded plainly.
 
     ``group_size`` (32, 64, 128, or -1 for rows) and ``symmetric`` are of int4 and GPTQ (AWQ is not symmetric);
-    ``act_order`` and ``true_sequential`` of GPTQ. ``layout``, one of LAYOUTS, says whose tensors hold int4, GPTQ and
-    AWQ, by default the method's own. ``requantize`` accepts weights that are quantized already, and their further loss.
+    ``act_order``, ``static_groups`` and ``true_sequential`` of GPTQ. ``layout``, one of LAYOUTS, says whose tensors
+    hold int4, GPTQ and AWQ, by default the method's own; ``zero_points``, one of ZERO_POINTS, how the layout gptq has
+    them: less 1 (``v1``, which every loader reads) or as they are. ``requantize`` accepts weights that are quantized
+    already, and their further loss.
     """
 
     method: str
     group_size: int = 128
     symmetric: bool = False
     act_order: bool = True
+    static_groups: bool = True
     true_sequential: bool = True
     layout: str | None = None
+    zero_points: str = "v1"
     requantize: bool = False
+
+    @property
+    def reorders(self) -> bool:
+        """Whether groups are no runs of columns."""
+        return self.method == "gptq" and self.act_order and not self.static_groups
 
     @property
     def stored_as(self) -> str:
@@ -161,7 +172,15 @@ def _gptq_layer(walk: LayerByLayer, settings: FolderSettings) -> dict[str, Group
             for name in stage:
                 values = walk.values[f"{name}.weight"]
                 second = moments[stage[0]].second
-                found[name] = gptq(values, second, 4, settings.group_size, settings.symmetric, settings.act_order)
+                found[name] = gptq(
+                    values,
+                    second,
+                    4,
+                    settings.group_size,
+                    settings.symmetric,
+                    settings.act_order,
+                    settings.static_groups,
+                )
                 walk.values[f"{name}.weight"] = found[name].dequantize()
     return found
 
@@ -176,7 +195,9 @@ def _layout(settings: FolderSettings) -> tuple[dict[str, Any], Callable[[str, Gr
         weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
         return compressed_config("pack-quantized", weights), packed_tensors
     if settings.stored_as == "gptq":
-        return gptq_config(4, settings.group_size, settings.symmetric), gptq_tensors
+        zero_offset = 1 if settings.zero_points == "v1" else 0
+        config = gptq_config(4, settings.group_size, settings.symmetric, zero_offset, settings.reorders)
+        return config, partial(gptq_tensors, zero_offset=zero_offset)
     if settings.stored_as == "awq":
         return awq_config(settings.group_size), awq_tensors
     weights = {"num_bits": 4, "type": "int", "symmetric": settings.symmetric, "dynamic": False}
@@ -192,6 +213,16 @@ def _check(checkpoint: Checkpoint, settings: FolderSettings, windows: Windows | 
         raise RequestError(f"unknown layout {settings.layout!r}; known: {', '.join(LAYOUTS)}")
     if settings.layout and settings.method not in ("int4", "gptq", "awq"):
         raise RequestError(f"{settings.method} has a layout of its own; leave out the layout {settings.layout}")
+    if settings.zero_points not in ZERO_POINTS:
+        raise RequestError(f"unknown zero points {settings.zero_points!r}; known: {', '.join(ZERO_POINTS)}")
+    if settings.zero_points != "v1" and settings.stored_as != "gptq":
+        raise RequestError(
+            f"the layout {settings.stored_as} has one form of zero points; {settings.zero_points} is of gptq"
+        )
+    if settings.method != "gptq" and not (settings.act_order and settings.static_groups and settings.true_sequential):
+        raise RequestError(f"act-order, static groups and true-sequential are of GPTQ, not of {settings.method}")
+    if settings.reorders and settings.stored_as != "gptq":
+        raise RequestError(f"the layout {settings.stored_as} keeps groups in order; without static groups, choose gptq")
     if settings.group_size != -1 and settings.group_size <= 0:
         raise RequestError(f"the group size is {settings.group_size}; expected 32, 64, 128, or -1 for rows")
     if settings.method in ("gptq", "awq") and not windows:

@@ -11,6 +11,7 @@ import pytest
 from tiny_models import tiny_checkpoint, tiny_config
 
 from puna.checkpoint import open_checkpoint
+from puna.checkpoint.safetensors import map_safetensors
 from puna.cli.show import model_facts
 from puna.errors import CheckpointError, RequestError
 from puna.llm.memory import estimate_memory
@@ -33,6 +34,8 @@ SETTINGS = {
     "nf4": FolderSettings("nf4"),
     "fp8": FolderSettings("fp8"),
     "gptq": FolderSettings("gptq", 32, layout="gptq"),
+    "gptq-reordered": FolderSettings("gptq", 32, static_groups=False, zero_points="v2"),
+    "gptq-v2": FolderSettings("gptq", 32, act_order=False, true_sequential=False, zero_points="v2"),
     "awq": FolderSettings("awq", 32, layout="awq"),
 }
 # The largest error for the largest number of a row of normal numbers, in percent.
@@ -40,7 +43,7 @@ TOLERANCE = {"int8": 0.8, "nf4": 20.0, "fp8": 4.0}
 
 
 def written(path: Path, name: str) -> Path:
-    windows = WINDOWS if name in ("gptq", "awq") else None
+    windows = WINDOWS if SETTINGS[name].method in ("gptq", "awq") else None
     quantize_folder(tiny_checkpoint(), path / "m", SETTINGS[name], windows)
     return path / "m"
 
@@ -71,13 +74,31 @@ def test_plain_rounding_is_read_as_it_was_made(tmp_path: Path, name: str) -> Non
         assert (np.abs(weight.dequantize() - expected.dequantize()) <= allowed).all()
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "gptq-reordered", "gptq-v2", "awq"])
 def test_calibrated_folders_hold_what_was_found(tmp_path: Path, name: str) -> None:
     checkpoint, matrices = calibrated(tiny_checkpoint(), SETTINGS[name], WINDOWS)
     opened = open_checkpoint(written(tmp_path, name))
     for key, weight in checkpoint.tensors.items():
         expected = matrices[key].as_weight(key) if key in matrices else weight
         np.testing.assert_allclose(opened.tensors[key].dequantize(), expected.dequantize(), rtol=2.0**-11, atol=1e-7)
+
+
+def test_the_forms_of_the_layout_gptq(tmp_path: Path) -> None:
+    """Zero points as the format has them, and groups in another order only where the configuration says so."""
+    for name, version, reordered, offset in (("gptq", "gptq", False, 1), ("gptq-reordered", "gptq_v2", True, 0)):
+        path = written(tmp_path / name, name)
+        raw = json.loads((path / "config.json").read_text())["quantization_config"]
+        assert (raw["checkpoint_format"], raw["desc_act"]) == (version, reordered)
+        _, matrices = calibrated(tiny_checkpoint(), SETTINGS[name], WINDOWS)
+        stored = map_safetensors(path / "model.safetensors")
+        module = DOWN.removesuffix(".weight")
+        expected = matrices[DOWN]
+        words = stored[f"{module}.qzeros"].array().view(np.uint32)
+        zeros = (words[..., None] >> np.arange(0, 32, 4, np.uint32) & 15).reshape(len(words), -1)
+        np.testing.assert_array_equal((zeros + offset) % 16, expected.zeros.T)
+        np.testing.assert_array_equal(stored[f"{module}.g_idx"].array(), expected.groups)
+        assert (np.diff(expected.groups) < 0).any() == reordered
+    assert open_checkpoint(path).tensors[DOWN].type.name == "Q8_0"  # a block of 32 columns has several groups
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -208,6 +229,14 @@ def test_the_command(tmp_path: Path) -> None:
         (FolderSettings("int8", symmetric=True), RequestError, "int8 is rounded without a calibration text"),
         (FolderSettings("fp8", layout="gptq"), RequestError, "fp8 has a layout of its own"),
         (FolderSettings("int4", 0), RequestError, "group size is 0"),
+        (FolderSettings("int4", 32, act_order=False), RequestError, "are of GPTQ, not of int4"),
+        (FolderSettings("int4", 32, zero_points="v2"), RequestError, "compressed-tensors has one form of zero points"),
+        (FolderSettings("int4", 32, layout="gptq", zero_points="v3"), RequestError, "unknown zero points 'v3'"),
+        (
+            FolderSettings("gptq", 32, static_groups=False, layout="awq"),
+            RequestError,
+            "layout awq keeps groups in order",
+        ),
         (FolderSettings("gptq", 32), RequestError, "gptq needs a calibration text"),
         (FolderSettings("awq", 32, symmetric=True), RequestError, "AWQ weights have zero points"),
         (

@@ -74,7 +74,7 @@ def consecutive_groups_of(columns: int, group_size: int) -> NDArray[np.intp]:
     return order
 
 
-def gptq_config(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+def gptq_config(bits: int, group_size: int, symmetric: bool, zero_offset: int, reordered: bool) -> dict[str, Any]:
     """The ``quantization_config`` of folders whose modules gptq_tensors writes.
 
     ``desc_act`` tells loaders whether groups are out of order, not in which order they were rounded.
@@ -84,18 +84,18 @@ def gptq_config(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
         "bits": bits,
         "group_size": group_size,
         "sym": symmetric,
-        "desc_act": False,
-        "checkpoint_format": "gptq",
+        "desc_act": reordered,
+        "checkpoint_format": "gptq" if zero_offset else "gptq_v2",
         "lm_head": False,
     }
 
 
-def gptq_tensors(module: str, matrix: Grouped) -> Iterable[StoredTensor]:
-    """The tensors of one module, its groups in order, in the first version of the format, which all loaders read."""
+def gptq_tensors(module: str, matrix: Grouped, zero_offset: int) -> Iterable[StoredTensor]:
+    """The tensors of one module, in the first version of the format (zero points less 1) or the second (less 0)."""
     rows, columns = matrix.codes.shape
     per_word = 32 // matrix.bits
     codes = matrix.codes.reshape(rows, columns // per_word, per_word).transpose(1, 0, 2)
-    zeros = ((matrix.zeros.T - 1) % (1 << matrix.bits)).astype(np.uint8)
+    zeros = ((matrix.zeros.T - zero_offset) % (1 << matrix.bits)).astype(np.uint8)
     arrays = {
         "qweight": join(codes, matrix.bits).view("<i4")[..., 0],
         "qzeros": join(zeros, matrix.bits).view("<i4"),
