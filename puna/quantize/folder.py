@@ -1,4 +1,4 @@
-"""``quantize_folder``: a Hugging Face folder of int8, int4, NF4 or FP8 weights, rounded plainly, by GPTQ or by AWQ."""
+"""``quantize_folder``: a Hugging Face folder of fewer bits: rounded plainly, or by GPTQ, AWQ or SmoothQuant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from puna.checkpoint import Checkpoint
 from puna.checkpoint.convert import check_destination, put
 from puna.checkpoint.hf_quantized.awq import awq_config, awq_tensors
 from puna.checkpoint.hf_quantized.bitsandbytes import nf4_config, nf4_tensors
-from puna.checkpoint.hf_quantized.compressed_tensors import compressed_config, fp8_tensors, packed_tensors
+from puna.checkpoint.hf_quantized.compressed_tensors import compressed_config, fp8_tensors, int_tensors, packed_tensors
 from puna.checkpoint.hf_quantized.gptq import gptq_config, gptq_tensors
 from puna.checkpoint.hf_quantized.write import is_quantized_matrix, write_quantized_folder
 from puna.checkpoint.safetensors import StoredTensor
@@ -25,11 +25,13 @@ from puna.quantize.calibration import Windows, read_windows
 from puna.quantize.gptq import gptq
 from puna.quantize.layerwise import STAGES, LayerByLayer
 from puna.quantize.rtn import round_to_nearest
+from puna.quantize.smoothquant import InputSamples, smoothquant
 from puna.quantize.source import Source
 from puna.tensor import Weight
 from puna.tensor.groupwise import Grouped
 
-METHODS = ("int8", "int4", "nf4", "fp8", "gptq", "awq")
+METHODS = ("int8", "int4", "nf4", "fp8", "gptq", "awq", "w8a8")
+CALIBRATED = ("gptq", "awq", "w8a8")
 LAYOUTS = ("compressed-tensors", "gptq", "awq")
 ZERO_POINTS = ("v1", "v2")
 
@@ -38,7 +40,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class FolderSettings:
-    """What to make. ``method`` is one of METHODS: ``int8`` has a scale for each row; ``int4`` is rounded plainly.
+    """What to make. ``method`` is one of METHODS: ``int8`` has a scale for each row; ``int4`` is rounded plainly;
+    ``w8a8`` is SmoothQuant's int8, for programs that round inputs to 8 bits as well.
 
     ``group_size`` (32, 64, 128, or -1 for rows) and ``symmetric`` are of int4 and GPTQ (AWQ is not symmetric);
     ``act_order``, ``static_groups`` and ``true_sequential`` of GPTQ. ``layout``, one of LAYOUTS, says whose tensors
@@ -101,14 +104,14 @@ def quantize_folder(
 ) -> None:
     """Write the folder ``path``, which appears whole or not at all.
 
-    GPTQ and AWQ need ``windows`` of calibration text and take the layers in turn; ``progress`` is called with what is
-    done (with the time that is left), how many layers came before it, and how many there are.
+    GPTQ, AWQ and SmoothQuant need ``windows`` of calibration text and take the layers in turn; ``progress`` is called
+    with what is done (with the time that is left), how many layers came before it, and how many there are.
     Raises RequestError for settings that contradict each other, CheckpointError for weights that are quantized
     already, are not finite, or have rows that are not whole groups.
     """
     _check(checkpoint, settings, windows)
     matrices: Mapping[str, Grouped] = {}
-    if windows is not None and settings.method in ("gptq", "awq"):
+    if windows is not None:
         checkpoint, matrices = calibrated(checkpoint, settings, windows, progress)
     config, tensors = _layout(settings)
 
@@ -137,7 +140,7 @@ def rounded(weight: Weight, settings: FolderSettings) -> Grouped:
 def calibrated(
     checkpoint: Checkpoint, settings: FolderSettings, windows: Windows, progress: Progress | None = None
 ) -> tuple[Checkpoint, dict[str, Grouped]]:
-    """By GPTQ or AWQ: the checkpoint with the tensors that were scaled, and the quantized matrices by name."""
+    """By GPTQ, AWQ or SmoothQuant: the checkpoint with what was scaled, and the quantized matrices by name."""
     walk = LayerByLayer(checkpoint.config, checkpoint.tensors, windows)
     layers = checkpoint.config.num_hidden_layers
     changed: dict[str, Weight] = {}
@@ -148,17 +151,22 @@ def calibrated(
             left = (time.monotonic() - began) / layer * (layers - layer) if layer else None
             progress(settings.method + (f", {left:.0f} s left" if left is not None else ""), layer, layers)
         prefix = f"model.layers.{layer}."
-        if settings.method == "awq":
-            values = walk.values
+        values = walk.values
+        if settings.method == "gptq":
+            found = _gptq_layer(walk, settings)
+            walk.advance()
+        elif settings.method == "awq":
             found = awq(values, walk.advance(STAGES), settings.group_size)
+        else:
+            inputs = InputSamples(len(windows))
+            walk.show(inputs.see)
+            found = smoothquant(values, inputs)
+        if settings.method != "gptq":
             changed |= {
                 prefix + name: Weight.from_array(prefix + name, numbers)
                 for name, numbers in values.items()
                 if not is_quantized_matrix(prefix + name)
             }
-        else:
-            found = _gptq_layer(walk, settings)
-            walk.advance()
         matrices |= {f"{prefix}{name}.weight": grouped for name, grouped in found.items()}
     return replace(checkpoint, tensors={**checkpoint.tensors, **changed}), matrices
 
@@ -194,6 +202,11 @@ def _layout(settings: FolderSettings) -> tuple[dict[str, Any], Callable[[str, Gr
     if settings.method == "int8":
         weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
         return compressed_config("pack-quantized", weights), packed_tensors
+    if settings.method == "w8a8":
+        weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+        return compressed_config(
+            "int-quantized", weights, weights | {"strategy": "token", "dynamic": True}
+        ), int_tensors
     if settings.stored_as == "gptq":
         zero_offset = 1 if settings.zero_points == "v1" else 0
         config = gptq_config(4, settings.group_size, settings.symmetric, zero_offset, settings.reorders)
@@ -225,11 +238,11 @@ def _check(checkpoint: Checkpoint, settings: FolderSettings, windows: Windows | 
         raise RequestError(f"the layout {settings.stored_as} keeps groups in order; without static groups, choose gptq")
     if settings.group_size != -1 and settings.group_size <= 0:
         raise RequestError(f"the group size is {settings.group_size}; expected 32, 64, 128, or -1 for rows")
-    if settings.method in ("gptq", "awq") and not windows:
+    if settings.method in CALIBRATED and not windows:
         raise RequestError(f"{settings.method} needs a calibration text; give one (--calibrate)")
-    if windows and settings.method not in ("gptq", "awq"):
+    if windows and settings.method not in CALIBRATED:
         raise RequestError(
-            f"{settings.method} is rounded without a calibration text; leave it out, or choose GPTQ or AWQ"
+            f"{settings.method} is rounded without a calibration text; leave it out, or choose GPTQ, AWQ or W8A8"
         )
     if settings.symmetric and settings.method == "awq":
         raise RequestError("AWQ weights have zero points; leave out the symmetric setting")

@@ -37,13 +37,14 @@ SETTINGS = {
     "gptq-reordered": FolderSettings("gptq", 32, static_groups=False, zero_points="v2"),
     "gptq-v2": FolderSettings("gptq", 32, act_order=False, true_sequential=False, zero_points="v2"),
     "awq": FolderSettings("awq", 32, layout="awq"),
+    "w8a8": FolderSettings("w8a8"),
 }
 # The largest error for the largest number of a row of normal numbers, in percent.
 TOLERANCE = {"int8": 0.8, "nf4": 20.0, "fp8": 4.0}
 
 
 def written(path: Path, name: str) -> Path:
-    windows = WINDOWS if SETTINGS[name].method in ("gptq", "awq") else None
+    windows = WINDOWS if SETTINGS[name].method in ("gptq", "awq", "w8a8") else None
     quantize_folder(tiny_checkpoint(), path / "m", SETTINGS[name], windows)
     return path / "m"
 
@@ -161,6 +162,12 @@ def test_transformers_opens_it_with_compressed_tensors(tmp_path: Path, name: str
     assert_same_logits(written(tmp_path, name))
 
 
+def test_transformers_computes_w8a8_with_compressed_tensors(tmp_path: Path) -> None:
+    """It rounds the inputs too, so predictions differ a little."""
+    pytest.importorskip("compressed_tensors")
+    assert_same_logits(written(tmp_path, "w8a8"), 5e-3)
+
+
 def test_transformers_opens_it_with_bitsandbytes(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     whole_blocks = tiny_checkpoint(tiny_config(intermediate_size=128))  # all that its kernel for CPUs takes
@@ -238,6 +245,7 @@ def test_the_command(tmp_path: Path) -> None:
             "layout awq keeps groups in order",
         ),
         (FolderSettings("gptq", 32), RequestError, "gptq needs a calibration text"),
+        (FolderSettings("w8a8"), RequestError, "w8a8 needs a calibration text"),
         (FolderSettings("awq", 32, symmetric=True), RequestError, "AWQ weights have zero points"),
         (
             FolderSettings("int4", 64),

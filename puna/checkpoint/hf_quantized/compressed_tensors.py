@@ -206,6 +206,17 @@ def packed_tensors(module: str, matrix: Grouped) -> Iterable[StoredTensor]:
     return [StoredTensor.from_array(f"{module}.{name}", array) for name, array in arrays.items()]
 
 
+def int_tensors(module: str, matrix: Grouped) -> Iterable[StoredTensor]:
+    """The tensors of one ``int-quantized`` module of 8 bits, one scale a row, no zero points."""
+    assert matrix.bits == 8
+    assert matrix.scales.shape[1] == 1
+    codes = (matrix.codes ^ np.uint8(128)).view(np.int8)
+    return [
+        StoredTensor.from_array(f"{module}.weight", codes),
+        StoredTensor.from_array(f"{module}.weight_scale", matrix.scales.astype("<f2")),
+    ]
+
+
 def fp8_tensors(module: str, values: NDArray[np.float32]) -> Iterable[StoredTensor]:
     """The tensors of one ``float-quantized`` module, one scale a row."""
     largest = np.abs(values).max(axis=1, keepdims=True)
@@ -217,9 +228,14 @@ def fp8_tensors(module: str, values: NDArray[np.float32]) -> Iterable[StoredTens
     ]
 
 
-def compressed_config(format_name: str, weights: dict[str, Any]) -> dict[str, Any]:
-    """The ``quantization_config`` of folders whose linear layers, but the head, are stored as ``weights`` says."""
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+def compressed_config(
+    format_name: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The ``quantization_config`` of folders whose linear layers, but the head, are stored as ``weights`` says.
+
+    ``inputs`` says how programs that compute in fewer bits round what these layers read.
+    """
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": format_name,
