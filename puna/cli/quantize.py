@@ -92,7 +92,14 @@ def quantize(
     One of --type, --fit and --max-kl says how far. When it is cut off, the same command continues. With --type INT8,
     INT4, NF4, FP8, GPTQ or AWQ, DESTINATION is a Hugging Face folder instead (docs/hf-quantized.md).
     """
-    from puna.quantize import METHODS, FolderSettings, QuantizeSettings, quantize_to_folder
+    from puna.quantize import (
+        METHODS,
+        FolderSettings,
+        Quantized,
+        QuantizedFolder,
+        QuantizeSettings,
+        quantize_to_folder,
+    )
     from puna.quantize import quantize as quantize_model
 
     settings = QuantizeSettings(
@@ -108,7 +115,7 @@ def quantize(
         overwrite=deriving.force,
     )
     with deriving.watched(source, destination) as (progress, review):
-        result = None
+        result: Quantized | QuantizedFolder
         if mix is not None and mix.lower() in METHODS:
             if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
                 raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
@@ -123,20 +130,22 @@ def quantize(
                 zero_points,
                 requantize,
             )
-            quantize_to_folder(source, destination, folder, calibrate, deriving.force, progress, check=review)
+            result = quantize_to_folder(source, destination, folder, calibrate, deriving.force, progress, check=review)
         else:
             result = quantize_model(source, destination, settings, deriving.threads, progress, check=review)
     kept = deriving.keep(review, destination)
     if as_json:
-        facts = result.as_json() if result else {"path": str(destination)}
-        click.echo(json.dumps(facts | {"report": kept.as_json() if kept else None}, indent=2, ensure_ascii=False))
+        facts = result.as_json() | {"report": kept.as_json() if kept else None}
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    if result is None:
-        return
-    for note in result.notes:
-        click.echo(f"Note: {note}", err=True)
-    measured = "" if result.divergence is None else f", KL {result.divergence:.5f} on the calibration text"
-    continued = f"; {result.continued} tensors were there already" if result.continued else ""
+    measured, steps = "", "layers"
+    if isinstance(result, Quantized):
+        steps = "tensors"
+        for note in result.notes:
+            click.echo(f"Note: {note}", err=True)
+        if result.divergence is not None:
+            measured = f", KL {result.divergence:.5f} on the calibration text"
+    continued = f"; {result.continued} {steps} were there already" if result.continued else ""
     click.echo(
         f"wrote {destination}: {human_bytes(result.size)}, {result.bits_per_weight:.2f} bits per weight{measured}, "
         f"in {result.seconds:.1f} s{continued}",

@@ -1,6 +1,7 @@
 """Smaller models: which tensor gets which type, what the inputs say of it, and the file that comes of it."""
 
-from puna.quantize.folder import METHODS, FolderSettings, quantize_to_folder
+from puna.quantize.folder import QuantizedFolder, quantize_to_folder
+from puna.quantize.folder_settings import METHODS, FolderSettings
 from puna.quantize.merge import merge_adapter
 from puna.quantize.quantize import Quantized, QuantizeSettings, quantize
 from puna.quantize.quantizer import quantizer
@@ -11,6 +12,7 @@ __all__ = [
     "FolderSettings",
     "QuantizeSettings",
     "Quantized",
+    "QuantizedFolder",
     "Source",
     "merge_adapter",
     "quantize",

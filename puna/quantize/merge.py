@@ -9,7 +9,8 @@ from puna.checkpoint.convert import convert_checkpoint
 from puna.checkpoint.recode import FLOAT_TYPES
 from puna.errors import RequestError
 from puna.quantize.calibration import Progress
-from puna.quantize.folder import METHODS, FolderSettings, quantize_to_folder
+from puna.quantize.folder import quantize_to_folder
+from puna.quantize.folder_settings import METHODS, FolderSettings
 from puna.quantize.quantize import QuantizeSettings, quantize
 from puna.quantize.source import Source
 from puna.tensor import Adapter

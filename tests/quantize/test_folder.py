@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +14,16 @@ import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint, tiny_config
 
-from puna.checkpoint import open_checkpoint
+from puna.checkpoint import open_checkpoint, save_checkpoint
 from puna.checkpoint.safetensors import map_safetensors
 from puna.cli.show import model_facts
 from puna.errors import CheckpointError, RequestError
 from puna.llm.memory import estimate_memory
+from puna.model.shapes import parameter_count
 from puna.ops.reference import ReferenceOps
-from puna.quantize.folder import FolderSettings, calibrated, quantize_folder
+from puna.quantize.calibrated import calibrated
+from puna.quantize.folder import quantize_folder, quantize_to_folder
+from puna.quantize.folder_settings import FolderSettings
 from puna.quantize.rtn import round_to_nearest
 from puna.store import ResolvedModel
 from puna.tensor import Weight
@@ -77,7 +84,7 @@ def test_plain_rounding_is_read_as_it_was_made(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["gptq", "gptq-reordered", "gptq-v2", "awq"])
 def test_calibrated_folders_hold_what_was_found(tmp_path: Path, name: str) -> None:
-    checkpoint, matrices = calibrated(tiny_checkpoint(), SETTINGS[name], WINDOWS)
+    checkpoint, matrices, _ = calibrated(tiny_checkpoint(), SETTINGS[name], WINDOWS)
     opened = open_checkpoint(written(tmp_path, name))
     for key, weight in checkpoint.tensors.items():
         expected = matrices[key].as_weight(key) if key in matrices else weight
@@ -90,7 +97,7 @@ def test_the_forms_of_the_layout_gptq(tmp_path: Path) -> None:
         path = written(tmp_path / name, name)
         raw = json.loads((path / "config.json").read_text())["quantization_config"]
         assert (raw["checkpoint_format"], raw["desc_act"]) == (version, reordered)
-        _, matrices = calibrated(tiny_checkpoint(), SETTINGS[name], WINDOWS)
+        _, matrices, _ = calibrated(tiny_checkpoint(), SETTINGS[name], WINDOWS)
         stored = map_safetensors(path / "model.safetensors")
         module = DOWN.removesuffix(".weight")
         expected = matrices[DOWN]
@@ -209,7 +216,6 @@ def assert_same_logits(path: Path, limit: float = 1e-4) -> None:
 def test_the_command(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from puna.checkpoint import save_checkpoint
     from puna.cli.quantize import quantize
 
     save_checkpoint(tiny_checkpoint(), tmp_path / "source", "safetensors")
@@ -223,6 +229,108 @@ def test_the_command(tmp_path: Path) -> None:
     runner.invoke(quantize, [*arguments, "--layout", "gptq", "--force"], catch_exceptions=False)
     config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["sym"], config["group_size"]) == ("gptq", True, 32)
+
+
+# --- cut off and continued --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A calibration text of WINDOWS, for models without a tokenizer."""
+    monkeypatch.setattr("puna.quantize.folder.read_windows", lambda *_: WINDOWS)
+    save_checkpoint(tiny_checkpoint(tiny_config(num_hidden_layers=3)), tmp_path / "source", "safetensors")
+    return tmp_path / "text"
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-reordered", "awq", "w8a8"])
+def test_a_run_that_was_cut_off_is_continued_and_gives_the_same_folder(text: Path, tmp_path: Path, name: str) -> None:
+    settings, out = SETTINGS[name], tmp_path / "out" / "m"
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if (done, total) == (2, 3):
+            raise KeyboardInterrupt
+
+    source = tmp_path / "source"
+    quantize_to_folder(source, tmp_path / "whole", settings, text)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_to_folder(source, out, settings, text, progress=interrupt)
+    assert [path.name for path in out.parent.iterdir()] == [".m.layers"]
+    made = quantize_to_folder(source, out, settings, text)
+    assert made.continued == 2
+    assert contents(out) == contents(tmp_path / "whole")
+    assert [path.name for path in out.parent.iterdir()] == ["m"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fork and kill -9 are of POSIX systems")
+def test_kill_9_at_a_layer(text: Path, tmp_path: Path) -> None:
+    """In the middle of a layer, of a write, of a rename, of tidying up."""
+    settings, source = SETTINGS["gptq"], tmp_path / "source"
+    quantize_to_folder(source, tmp_path / "whole", settings, text)
+    for number, event in enumerate(("os.mkdir", "os.rename", "open", "shutil.rmtree")):
+        out = tmp_path / f"out{number}" / "m"
+        child = os.fork()
+        if child == 0:
+            seen = 0
+
+            def audit(found: str, arguments: tuple[object, ...], wanted: str = event, place: Path = out) -> None:
+                nonlocal seen
+                if found == wanted and str(place.parent) in str(arguments[0]):
+                    seen += 1
+                    if seen == 3:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(audit)
+            try:
+                quantize_to_folder(source, out, settings, text)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
+        assert not out.exists() or contents(out) == contents(tmp_path / "whole")
+        quantize_to_folder(source, out, settings, text, overwrite=True)
+        assert contents(out) == contents(tmp_path / "whole")
+        assert not list(out.parent.glob(".m.layers"))
+
+
+@pytest.mark.parametrize(
+    "other", [FolderSettings("gptq", 32, symmetric=True), FolderSettings("gptq", 64, layout="gptq")]
+)
+def test_other_settings_are_not_continued_from(text: Path, tmp_path: Path, other: FolderSettings) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_to_folder(tmp_path / "source", tmp_path / "m", SETTINGS["gptq"], text, progress=interrupt)
+    assert quantize_to_folder(tmp_path / "source", tmp_path / "m", other, text).continued == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "m"}
+
+
+def test_an_error_leaves_nothing(text: Path, tmp_path: Path) -> None:
+    def refuse(path: Path) -> None:
+        raise CheckpointError("drifted")
+
+    with pytest.raises(CheckpointError, match="drifted"):
+        quantize_to_folder(tmp_path / "source", tmp_path / "m", SETTINGS["awq"], text, check=refuse)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_what_is_told(text: Path, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    made = quantize_to_folder(
+        tmp_path / "source", tmp_path / "m", SETTINGS["gptq"], text, progress=lambda *said: heard.append(said)
+    )
+    assert [done for what, done, total in heard if total == 3] == [0, 1, 2]
+    assert all(re.fullmatch(r"gptq, \d+\.\d s a layer", what) for what, done, total in heard[1:3])
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    facts = made.as_json()
+    assert (facts["bytes"], facts["quantization"]) == (size, "GPTQ, 4 bits in groups of 32")
+    assert facts["bits_per_weight"] == round(8 * size / parameter_count(tiny_config(num_hidden_layers=3)), 4)
+    assert (facts["layers_continued"], facts["seconds"] > 0) == (0, True)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

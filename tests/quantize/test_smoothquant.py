@@ -15,8 +15,10 @@ from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.checkpoint.safetensors import map_safetensors
 from puna.model.model import Model
 from puna.ops.reference import ReferenceOps
+from puna.quantize.calibrated import calibrated
 from puna.quantize.calibration import divergence, log_probabilities
-from puna.quantize.folder import FolderSettings, calibrated, quantize_folder
+from puna.quantize.folder import quantize_folder
+from puna.quantize.folder_settings import FolderSettings
 from puna.quantize.layerwise import STAGES, LayerByLayer
 from puna.quantize.smoothquant import InputSamples, rounded_rows, smoothquant
 from puna.tensor import Weight
@@ -64,7 +66,7 @@ def losses(checkpoint: Checkpoint, calibration: list[list[int]], held_out: list[
     model = Model.bind(ReferenceOps(), config, checkpoint.tensors)
     original = [log_probabilities(model, window) for window in held_out]
     plain = {name: rounded_rows(w.dequantize()) for name, w in checkpoint.tensors.items() if "_proj.weight" in name}
-    smooth, matrices = calibrated(checkpoint, FolderSettings("w8a8"), calibration)
+    smooth, matrices, _ = calibrated(checkpoint, FolderSettings("w8a8"), calibration)
     found = []
     for tensors, grouped in ((checkpoint.tensors, plain), (smooth.tensors, matrices)):
         dense = {name: Weight.from_array(name, matrix.dequantize()) for name, matrix in grouped.items()}
@@ -104,7 +106,7 @@ def test_the_layer_stays_what_it_was(name: str) -> None:
 def test_the_folder_holds_it(tmp_path: Path) -> None:
     checkpoint, settings = tiny_checkpoint(), FolderSettings("w8a8")
     quantize_folder(checkpoint, tmp_path / "m", settings, WINDOWS)
-    smooth, matrices = calibrated(checkpoint, settings, WINDOWS)
+    smooth, matrices, _ = calibrated(checkpoint, settings, WINDOWS)
     stored, opened = map_safetensors(tmp_path / "m" / "model.safetensors"), open_checkpoint(tmp_path / "m")
     for name, weight in smooth.tensors.items():
         if name in matrices:
