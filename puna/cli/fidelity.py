@@ -71,18 +71,24 @@ class Deriving:
         if review is None or review.report is None:
             forget_report(destination)
             return None
+        place = save_report(review.report, destination)
+        return self.tell(review, place.name, place.parent)
+
+    def tell(self, review: Review | None, place: str, folder: Path) -> Report | None:
+        """Say on standard error what the report found, which ``place`` has, and write the page where one is wanted."""
+        if review is None or review.report is None:
+            return None
         report = review.report
-        place = save_report(report, destination)
         for reason in review.drift:
             click.echo(f"Warning: accepted although {reason}", err=True)
         change = 100 * (report.derived.perplexity / report.source.perplexity - 1)
         click.echo(
             f"against {report.source.name}: KL {report.kl.mean:.5f}, perplexity {change:+.1f} %, same most probable "
-            f"token {100 * report.top1_agreement:.1f} % of the time; {place.name} has the rest",
+            f"token {100 * report.top1_agreement:.1f} % of the time; {place} has the rest",
             err=True,
         )
         if self.html is not None:
-            write_page(report, self.html, place.parent)
+            write_page(report, self.html, folder)
         return report
 
     def _review(

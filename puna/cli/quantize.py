@@ -1,4 +1,4 @@
-"""``puna quantize``: a model in fewer bits, as a GGUF file."""
+"""``puna quantize``: a model in fewer bits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from puna.cli.fidelity import Deriving, deriving_options
 from puna.cli.options import json_option, parse_size
 from puna.cli.progress import human_bytes
+from puna.cli.quantize_into import is_store_name, quantize_into_file, quantize_into_store
 
 _file = click.Path(path_type=Path)
 
@@ -87,10 +88,11 @@ def quantize(
     deriving: Deriving,
     as_json: bool,
 ) -> None:
-    """Quantize SOURCE (a stored model, .gguf file or checkpoint folder) to the file DESTINATION.gguf.
+    """Quantize SOURCE (a stored model, .gguf file or checkpoint folder) to DESTINATION: a .gguf file, or a name in the
+    store.
 
     One of --type, --fit and --max-kl says how far. When it is cut off, the same command continues. With --type INT8,
-    INT4, NF4, FP8, GPTQ or AWQ, DESTINATION is a Hugging Face folder instead (docs/hf-quantized.md).
+    INT4, NF4, FP8, GPTQ, AWQ or W8A8, DESTINATION is a Hugging Face folder instead (docs/hf-quantized.md).
     """
     from puna.quantize import (
         METHODS,
@@ -100,7 +102,6 @@ def quantize(
         QuantizeSettings,
         quantize_to_folder,
     )
-    from puna.quantize import quantize as quantize_model
 
     settings = QuantizeSettings(
         mix=mix,
@@ -114,26 +115,28 @@ def quantize(
         requantize=requantize,
         overwrite=deriving.force,
     )
-    with deriving.watched(source, destination) as (progress, review):
-        result: Quantized | QuantizedFolder
-        if mix is not None and mix.lower() in METHODS:
-            if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
-                raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
-            folder = FolderSettings(
-                mix.lower(),
-                group_size,
-                symmetric,
-                act_order,
-                static_groups,
-                true_sequential,
-                layout,
-                zero_points,
-                requantize,
-            )
+    result: Quantized | QuantizedFolder
+    if mix is not None and mix.lower() in METHODS:
+        if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
+            raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
+        folder = FolderSettings(
+            mix.lower(),
+            group_size,
+            symmetric,
+            act_order,
+            static_groups,
+            true_sequential,
+            layout,
+            zero_points,
+            requantize,
+        )
+        with deriving.watched(source, destination) as (progress, review):
             result = quantize_to_folder(source, destination, folder, calibrate, deriving.force, progress, check=review)
-        else:
-            result = quantize_model(source, destination, settings, deriving.threads, progress, check=review)
-    kept = deriving.keep(review, destination)
+        kept = deriving.keep(review, destination)
+    elif is_store_name(destination):
+        result, kept = quantize_into_store(source, str(destination), settings, deriving)
+    else:
+        result, kept = quantize_into_file(source, destination, settings, deriving)
     if as_json:
         facts = result.as_json() | {"report": kept.as_json() if kept else None}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))

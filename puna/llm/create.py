@@ -26,8 +26,8 @@ from puna.store.modelfile import Modelfile, parse_modelfile
 from puna.store.names import name_part_from
 from puna.store.resolve import existing_path
 
-# Writes the model at a path as the .gguf file of the other, in another type.
-Quantize = Callable[[Path, Path, Progress], None]
+# Writes the model at a path as the .gguf file of the other, in another type, and gives the report to keep of that.
+Quantize = Callable[[Path, Path, Progress], Mapping[str, Any] | None]
 
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -172,12 +172,11 @@ def _base(
     if path is not None:
         path = path.absolute()
         progress.status(f"gathering model components of {path.name}")
+        if quantize is not None:
+            return _quantized(store, Manifest(name.name, name.tag, (), source=str(path)), path, quantize, progress)
         folder, names = files_of_model(path)
         open_checkpoint(path)  # a file that can't be read as a model is refused before it is stored
-        if quantize is not None:
-            stored: tuple[StoredFile, ...] = (_quantized(store, name, path, quantize, progress),)
-        else:
-            stored = tuple(take_file(store, folder / file, progress) for file in names)
+        stored = tuple(take_file(store, folder / file, progress) for file in names)
         return Manifest(name.name, name.tag, stored, source=str(path))
     if from_ is None:
         stored = tuple(_blob(store, file, digest) for file, digest in (files or {}).items())
@@ -189,9 +188,8 @@ def _base(
         base = replace(parent, name=name.name, tag=name.tag, lineage=lineage, created=fresh)
     if quantize is not None:
         with _linked(store, base.files) as path:
-            file = _quantized(store, name, path, quantize, progress)
-        base = replace(base, files=(file,), report=None)
-    elif from_ is None:
+            return _quantized(store, base, path, quantize, progress)
+    if from_ is None:
         with _linked(store, base.files) as path:
             open_checkpoint(path)
     return base
@@ -223,15 +221,18 @@ def _linked(store: Store, files: Sequence[StoredFile]) -> Iterator[Path]:
         yield whole / min(names) if all(name.endswith(".gguf") for name in names) else whole
 
 
-def _quantized(store: Store, name: ModelName, path: Path, quantize: Quantize, progress: Progress) -> StoredFile:
-    """The weights at ``path`` quantized and staged. Being killed leaves what the same call continues."""
+def _quantized(store: Store, base: Manifest, path: Path, quantize: Quantize, progress: Progress) -> Manifest:
+    """The model with the weights at ``path`` quantized, which are staged.
+
+    Being killed leaves what the same call continues.
+    """
     store.blobs.partial.mkdir(parents=True, exist_ok=True)
-    place = store.blobs.partial / f"quantizing-{sha256(str(name).encode()).hexdigest()}.gguf"
-    quantize(path, place, progress)
+    place = store.blobs.partial / f"quantizing-{sha256(str(base.model_name).encode()).hexdigest()}.gguf"
+    report = quantize(path, place, progress)
     with disk_errors(place):
         file = StoredFile("model.gguf", digest_file(place), place.stat().st_size)
         store.blobs.stage(place, file.sha256)
-    return file
+    return replace(base, files=(file,), report=report)
 
 
 def _adapters(
