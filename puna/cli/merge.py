@@ -23,8 +23,9 @@ from puna.cli.fidelity import Deriving, deriving_options
 def merge(
     base: str, adapter: Path, destination: Path, type_name: str | None, calibrate: Path | None, deriving: Deriving
 ) -> None:
-    """Merge ADAPTER (a folder that PEFT saved, or a GGUF LoRA) into BASE, and write DESTINATION.
+    """Merge ADAPTER into BASE, and write DESTINATION.
 
+    ADAPTER is a folder that PEFT saved, a GGUF LoRA, or the name of one that BASE has in the store.
     A destination ending in .gguf is GGUF, any other a folder. Without --type the changed matrices keep their type, or
     become F16 where that is quantized. The report compares with BASE and the adapter unmerged.
     """
@@ -32,7 +33,7 @@ def merge(
     from puna.quantize import Source, merge_adapter
 
     source = Source.open(base)
-    changes = read_mergeable_adapter(adapter, source.checkpoint.config)
+    changes = read_mergeable_adapter(_stored(base, adapter) or adapter, source.checkpoint.config)
     with deriving.watched(base, destination, changes, f"{base} with {adapter.name}") as (progress, review):
         merge_adapter(
             source,
@@ -47,3 +48,13 @@ def merge(
         )
     click.echo(f"wrote {destination}", err=True)
     deriving.keep(review, destination)
+
+
+def _stored(base: str, adapter: Path) -> Path | None:
+    """Where an adapter of that name lies that a stored model has; None where a path is meant."""
+    from puna.store import Store, resolve
+
+    manifest = resolve(base).manifest
+    if manifest is None or adapter.exists():
+        return None
+    return Store().adapter_paths(manifest).get(str(adapter))

@@ -48,6 +48,18 @@ def test_it_says_what_base_and_adapter_say(puna: Run, stories: Path, adapter: Pa
     assert answers[0].strip()
 
 
+def test_an_adapter_that_the_store_has(puna: Run, stories: Path, adapter: Path, tmp_path: Path) -> None:
+    modelfile = tmp_path / "Modelfile"
+    modelfile.write_text(f"FROM {stories}\nADAPTER {adapter}\n")
+    assert puna("create", "teller", "-f", str(modelfile)).code == 0
+    for number, given in enumerate(("tales", str(adapter))):
+        done = puna("merge", "teller", given, str(tmp_path / f"{number}.gguf"), "--no-report")
+        assert done.code == 0, done.err
+    assert (tmp_path / "0.gguf").read_bytes() == (tmp_path / "1.gguf").read_bytes()
+    refused = puna("merge", "teller", "songs", str(tmp_path / "2.gguf"))
+    assert (refused.code, "songs does not exist" in refused.err) == (1, True)
+
+
 def test_a_merge_that_drifts_is_not_kept(puna: Run, stories: Path, adapter: Path, tmp_path: Path) -> None:
     arguments = ("merge", str(stories), str(adapter), str(tmp_path / "q4.gguf"), "--type", "Q4_0")
     refused = puna(*arguments, "--max-drift", "0.001")
