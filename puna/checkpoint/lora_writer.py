@@ -136,6 +136,8 @@ class _Merged(Mapping[str, Weight]):
         if (magnitude := self._adapter.magnitudes.get(name)) is not None:
             lengths = np.sqrt(np.einsum("ij,ij->i", values, values))
             values *= (magnitude / np.where(lengths == 0, 1, lengths))[:, None]
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{name} with the adapter's change holds numbers that are not finite; one is damaged")
         return values
 
     def __contains__(self, name: object) -> bool:

@@ -15,7 +15,7 @@ from puna.checkpoint.lora_writer import merge
 from puna.errors import CheckpointError, RequestError
 from puna.gguf_file import read_gguf
 from puna.quantize import QuantizeSettings, Source, merge_adapter, quantize
-from puna.tensor import Adapter
+from puna.tensor import Adapter, Weight
 
 CONFIG = tiny_config()
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -126,8 +126,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
         assert peak < 6 * largest < model / 10, name
 
 
-def test_another_process_is_not_continued_from_another_adapter(base: Path, tmp_path: Path) -> None:
-    """A run that was cut off left tensors of another adapter."""
+def test_a_run_with_another_adapter_is_not_continued(base: Path, tmp_path: Path) -> None:
 
     def interrupt(name: str, done: int, total: int) -> None:
         if name.startswith("blk.1"):
@@ -193,6 +192,17 @@ def test_what_cannot_be(
     with pytest.raises(error, match=message):
         merge_adapter(Source.open(base), random_adapter(CONFIG, 2), tmp_path / name, type_name, calibrate=calibrate)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_sums_that_are_no_numbers_are_named_and_nothing_is_left(tmp_path: Path, name: str) -> None:
+    weights = random_weights(CONFIG)
+    values = weights[UP].dequantize().copy()
+    values[3, 4] = np.inf
+    save_checkpoint(Checkpoint(CONFIG, weights | {UP: Weight.from_array(UP, values)}), tmp_path / "base.gguf", "gguf")
+    with pytest.raises(CheckpointError, match=f"{UP} with the adapter's change holds numbers that are not finite"):
+        merge_adapter(Source.open(tmp_path / "base.gguf"), random_adapter(CONFIG, 2), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
 
 
 def test_the_base_is_never_overwritten(base: Path) -> None:
