@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "train": "puna.cli.train:train",
     "runs": "puna.cli.runs:runs",
     "quantize": "puna.cli.quantize:quantize",
+    "merge": "puna.cli.merge:merge",
     "compare": "puna.cli.compare_models:compare_models",
     "bench": "puna.cli.bench:bench",
     "doctor": "puna.cli.doctor:doctor",
