@@ -49,7 +49,10 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Groups:
-    """``place``: where each token of the batch comes to lie in the groups' concatenation; None: one group is the batch itself."""
+    """``place``: where each token of the batch comes to lie in the groups' concatenation.
+
+    None: the batch is the only group, as it lies.
+    """
 
     by_length: Sequence[_Group]
     place: Tensor | None
