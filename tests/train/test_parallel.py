@@ -173,7 +173,7 @@ def test_optimizers_that_are_not_sharded_are_refused(tmp_path: Path) -> None:
 
 
 def test_puna_train_under_torchrun(shared_data: Path, tmp_path: Path) -> None:
-    """Every weight of a real model, so that the first process gathers them all: its losses and its file, against one's."""
+    """Every weight of a real model, so that the first process gathers them all: its losses and file, against one's."""
     model = shared_data / "weights" / "stories260K" / "stories260K.gguf"
     rows = [{"prompt": f"Tell about {name}.", "completion": f" {name} went away."} for name in ("Tom", "Mia") * 10]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
