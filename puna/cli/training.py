@@ -56,32 +56,39 @@ def run_recipe(
 
     from puna.ops.threads import default_threads
     from puna.train.finetune import prepare, run
+    from puna.train.parallel import launched
 
     recipe = read()
-    torch.set_num_threads(threads or default_threads())
     console = Console(stderr=True, highlight=False)
-    with console.status("reading the data"):
-        prepared = prepare(recipe, restart=restart, force=force)
-    if not as_json:
-        _show(prepared, console)
-    if dry_run:
+    with launched(recipe.device) as ranks:
+        torch.set_num_threads(threads or max(1, default_threads() // ranks.count))
+        # Only the first of several processes speaks, and none asks: their input is the launcher's.
+        console.quiet = not ranks.first
+        yes = yes or ranks.count > 1
+        with console.status("reading the data"):
+            prepared = prepare(recipe, restart=restart, force=force, ranks=ranks)
+        if ranks.first and not as_json:
+            _show(prepared, console)
+        if dry_run:
+            if as_json and ranks.first:
+                click.echo(json.dumps(_facts(prepared), indent=2, ensure_ascii=False))
+            return
+        asks = not (yes or as_json) and console.is_terminal and sys.stdin is not None and sys.stdin.isatty()
+        if asks and not click.confirm("Go on?" if prepared.begun else "Begin?", default=True, err=True):
+            return
+        try:
+            with _LiveLine(prepared, console, quiet=as_json or not ranks.first) as line:
+                outcome = run(prepared, line.on_step, line.on_stage, ranks)
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from the last saved state")
+            raise
+        if not ranks.first:
+            return
         if as_json:
-            click.echo(json.dumps(_facts(prepared), indent=2, ensure_ascii=False))
-        return
-    asks = not (yes or as_json) and console.is_terminal and sys.stdin is not None and sys.stdin.isatty()
-    if asks and not click.confirm("Go on?" if prepared.begun else "Begin?", default=True, err=True):
-        return
-    try:
-        with _LiveLine(prepared, console, quiet=as_json) as line:
-            outcome = run(prepared, line.on_step, line.on_stage)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last saved state")
-        raise
-    if as_json:
-        facts = {**_facts(prepared), "result": _result(outcome)}
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-    else:
-        _show_outcome(outcome, console)
+            facts = {**_facts(prepared), "result": _result(outcome)}
+            click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        else:
+            _show_outcome(outcome, console)
 
 
 def _check_torch() -> None:

@@ -54,15 +54,17 @@ class Estimate:
         return self.total <= self.available
 
 
-def fitted(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, force: bool = False) -> tuple[Plan, Estimate]:
+def fitted(
+    recipe: Recipe, checkpoint: Checkpoint, plan: Plan, force: bool = False, processes: int = 1
+) -> tuple[Plan, Estimate]:
     """The plan, with ``recompute`` where only so it fits and the recipe does not say, and its estimate.
 
     Raises CapacityError when it does not fit, unless by ``force``.
     """
-    found = estimate(recipe, checkpoint, plan)
+    found = estimate(recipe, checkpoint, plan, processes)
     if not found.fits and recipe.training.recompute is None:
         plan = replace(plan, recompute=True)
-        found = estimate(recipe, checkpoint, plan)
+        found = estimate(recipe, checkpoint, plan, processes)
     if not found.fits and not force:
         raise CapacityError(
             f"the training needs about {_gigabytes(found.total)} of memory, but {_gigabytes(found.available)} are "
@@ -71,8 +73,8 @@ def fitted(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, force: bool = Fal
     return plan, found
 
 
-def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan) -> Estimate:
-    """Of a recipe and its plan. Reads shapes and types of the weights only."""
+def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int = 1) -> Estimate:
+    """Of a recipe and its plan, for each of several ``processes``. Reads shapes and types of the weights only."""
     config, method = checkpoint.config, recipe.method.trained()
     dtype = getattr(torch, plan.dtype)
     master = torch.promote_types(dtype, torch.float32).itemsize
@@ -87,17 +89,19 @@ def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan) -> Estimate:
     head = config.vocab_size * config.hidden_size
     loss = 3 * min(CHUNK_NUMBERS, tokens * config.vocab_size) * 4 + 3 * between
     loss += head * (master if isinstance(method, Full) else dtype.itemsize)
+    own = trained * master // processes
+    on_one = processes if plan.device == "cpu" else 1  # who share its memory
     return Estimate(
-        weights=kept,
+        weights=kept // processes,
         scratch=2 * largest,
-        parameters=trained * master,
-        gradients=trained * master,
-        optimizer=2 * trained * master,
+        parameters=own,
+        gradients=own,
+        optimizer=2 * own,
         activations=activations,
         loss=loss,
-        available=_available(plan.device),
+        available=_available(plan.device) // on_one,
         trained_parameters=trained,
-        seconds=_seconds(recipe, config, plan, dtype),
+        seconds=_seconds(recipe, config, plan, dtype) / processes,
     )
 
 

@@ -24,6 +24,7 @@ from puna.ops.torch_ops import TorchOps
 from puna.store import Manifest, ModelName, ResolvedModel, Store, resolve
 from puna.train.estimate import Estimate, fitted
 from puna.train.module import LlamaModule
+from puna.train.parallel import ALONE, Ranks
 from puna.train.plan import Plan, make_plan
 from puna.train.prepare import OnSource, PreparedData, prepare_data
 from puna.train.quantized_base import QuantizedBase
@@ -31,9 +32,9 @@ from puna.train.recipe import Recipe, recipe_to_toml
 from puna.train.result import check_name, register, save_result
 from puna.train.runs import Evaluation, Run, RunFolder, RunInputs
 from puna.train.runs.folder import check_same
-from puna.train.runs.run import RECORD, Busy
+from puna.train.runs.run import RECORD, STATES, Busy
 from puna.train.trainer import StepReport, Trainer, evaluate
-from puna.train.training_state import best_state
+from puna.train.training_state import best_state, read_into
 
 PLAN = "plan.json"
 
@@ -99,11 +100,13 @@ def prepare(
     restart: bool = False,
     force: bool = False,
     on_source: OnSource = lambda path: None,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Check everything and read all data, but no weights; nothing is written.
 
-    ``restart``: as if there were no run yet. ``force``: also where memory seems too small. Raises PunaErrors: of the
-    model, the data, the recipe; TrainingError when the folder holds the run of another recipe or other data.
+    ``restart``: as if there were no run yet. ``force``: also where memory seems too small. All ``ranks`` do what the
+    first has planned. Raises PunaErrors: of the model, the data, the recipe; TrainingError when the folder holds the
+    run of another recipe or other data.
     """
     store = store or Store()
     folder = run_folder(recipe, store)
@@ -120,16 +123,18 @@ def prepare(
     goes_on = begun is not None and not restart
     plan = _kept_plan(folder) if goes_on else None
     variables = {"date_string": f"{datetime.now():%d %b %Y}"} if plan is None else plan.variables
+    variables = ranks.tell(variables)
     data = prepare_data(recipe, found, variables, on_source)
     if plan is None:
         plan = make_plan(recipe, checkpoint.config, data, variables)
-    plan, estimate = fitted(recipe, checkpoint, plan, force)
+    plan, estimate = ranks.tell(fitted(recipe, checkpoint, plan, force, ranks.count))
     plan.settings(recipe)
     prepared = Prepared(
         recipe, found, checkpoint, data, plan, estimate, folder, store, begun if goes_on else None, restart
     )
     if prepared.begun is not None:
         check_same(prepared.begun, recipe_to_toml(recipe), prepared.inputs)
+    ranks.wait()  # before the first begins to write
     return prepared
 
 
@@ -137,49 +142,68 @@ def run(
     prepared: Prepared,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_stage: Callable[[str], None] = lambda stage: None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Train to the end, save, and store under the recipe's name. ``on_stage`` hears what is begun.
 
-    Raises TrainingError, CheckpointError, StoreError; the run can be gone on with after any of them, or a kill.
+    Of several ``ranks`` the first has the run's folder and the store to itself. Raises TrainingError, CheckpointError,
+    StoreError; the run can be gone on with after any of them, or a kill.
     """
+    if not ranks.first:
+        ranks.wait()
+        return _run(prepared, None, on_step, on_stage, ranks)
     with _open_folder(prepared) as folder:
-        return _run(prepared, folder, on_step, on_stage)
+        ranks.wait()
+        return _run(prepared, folder, on_step, on_stage, ranks)
 
 
 def _run(
-    prepared: Prepared, folder: RunFolder, on_step: Callable[[StepReport], None], on_stage: Callable[[str], None]
+    prepared: Prepared,
+    folder: RunFolder | None,
+    on_step: Callable[[StepReport], None],
+    on_stage: Callable[[str], None],
+    ranks: Ranks,
 ) -> Outcome:
     recipe, plan, data = prepared.recipe, prepared.plan, prepared.data
     on_stage("loading the model")
-    module = make_module(prepared)
+    module = make_module(prepared, ranks)
     objective = recipe.objective.objective(module)
     held_out = data.held_out(plan.length, plan.truncation, plan.answers)
     stream = data.stream(recipe.seed, plan.length, plan.truncation, plan.answers)
-    trainer = Trainer(module, objective, stream, plan.settings(recipe), folder.states, held_out)
+    states = prepared.folder / STATES
+    trainer = Trainer(module, objective, stream, plan.settings(recipe), states, held_out, ranks)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    folder.note(parameters=parameter_count(prepared.checkpoint.config), trained_parameters=trained)
-    if held_out and folder.record.before is None:
+    before = ranks.tell(folder.record.before if folder else None)
+    if held_out and before is None:
         on_stage("measuring the held-out loss before")
-        folder.note(before=Evaluation({"loss": evaluate(module, objective, held_out)}))
+        before = Evaluation({"loss": evaluate(module, objective, held_out, ranks)})
+    if folder:
+        parameters = parameter_count(prepared.checkpoint.config)
+        folder.note(parameters=parameters, trained_parameters=trained, before=before)
 
     def log(report: StepReport) -> None:
-        folder.log(_numbers(report))
+        if folder:
+            folder.log(_numbers(report))
         on_step(report)
 
     on_stage("training")
     trainer.run(log)
     if recipe.training.keep_best:
-        _take_best(module, folder.states)
+        _take_best(module, states)
     on_stage("measuring the held-out loss after")
-    after = Evaluation({"loss": evaluate(module, objective, held_out)}) if held_out else None
+    after = Evaluation({"loss": evaluate(module, objective, held_out, ranks)}) if held_out else None
     on_stage("saving")
-    path = save_result(recipe, prepared.found, prepared.checkpoint, module, folder.folder)
-    manifest = register(recipe, prepared.found, path, prepared.store)
-    folder.finish(str(manifest.model_name), after)
-    return Outcome(manifest, path, trainer.step, _loss(folder.record.before), _loss(after))
+    path = save_result(recipe, prepared.found, prepared.checkpoint, module, prepared.folder, ranks)
+    stored = None
+    if folder:
+        stored = register(recipe, prepared.found, path, prepared.store)
+        folder.finish(str(stored.model_name), after)
+    manifest = ranks.tell(stored)
+    assert manifest is not None
+    return Outcome(manifest, path, trainer.step, _loss(before), _loss(after))
 
 
-def make_module(prepared: Prepared) -> LlamaModule:
+def make_module(prepared: Prepared, ranks: Ranks = ALONE) -> LlamaModule:
     """The model as the recipe trains it. Raises TrainingError."""
     recipe, plan = prepared.recipe, prepared.plan
     return LlamaModule(
@@ -189,6 +213,7 @@ def make_module(prepared: Prepared) -> LlamaModule:
         recipe.method.trained(),
         recompute=plan.recompute,
         seed=recipe.seed,
+        ranks=ranks,
     )
 
 
@@ -234,9 +259,5 @@ def _loss(evaluation: Evaluation | None) -> float | None:
 
 def _take_best(module: LlamaModule, states: Path) -> None:
     best = best_state(states)
-    if best is None:
-        return
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(best.tensors[name])
+    if best is not None:
+        read_into(best.tensors, {n: p.detach() for n, p in module.named_parameters() if p.requires_grad})

@@ -27,14 +27,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a training, of which this is number ``rank`` of ``count`` and computes on ``device``.
+    """The processes of a training, of which this is number ``rank`` of ``count``.
 
     ``mesh`` is what torch knows them as, where there are several.
     """
 
     rank: int = 0
     count: int = 1
-    device: str = "cpu"
     mesh: DeviceMesh | None = None
 
     @property
@@ -99,26 +98,27 @@ def add_sums(
 
 
 @contextmanager
-def launched() -> Iterator[Ranks]:
+def launched(device: str | None = None) -> Iterator[Ranks]:
     """What torchrun started, by its environment variables; a process that nothing started is alone.
 
-    Each process has the CUDA device of its local number where there are any, else they share the CPU. Raises
-    TrainingError when there are more processes than devices.
+    Each process has the CUDA device of its local number, or all share the CPU where there is none or ``device`` says
+    so. Raises TrainingError when there are more processes than devices, or ``device`` is one of several.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    devices = torch.cuda.device_count()
-    if devices and local >= devices:
-        raise TrainingError(f"{local + 1} processes were started for {devices} CUDA devices; start one for each")
-    device = f"cuda:{local}" if devices else "cpu"
-    if devices:
-        torch.cuda.set_device(local)
     if count == 1:
-        yield Ranks(device=device)
+        yield ALONE
         return
+    if device not in (None, "cpu", "cuda"):
+        raise TrainingError(f"each process trains on a device of its own, but all were given {device}; leave it out")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    devices = 0 if device == "cpu" else torch.cuda.device_count()
+    if devices:
+        if local >= devices:
+            raise TrainingError(f"{local + 1} processes were started for {devices} CUDA devices; start one for each")
+        torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo")
     try:
-        yield Ranks(dist.get_rank(), count, device, init_device_mesh("cuda" if devices else "cpu", (count,)))
+        yield Ranks(dist.get_rank(), count, init_device_mesh("cuda" if devices else "cpu", (count,)))
     finally:
         dist.destroy_process_group()
 
@@ -165,15 +165,20 @@ def fill(tensor: Tensor, values: Tensor) -> None:
         tensor.copy_(values)
 
 
-class Asked(Mapping[str, Any]):
-    """On the first rank: a mapping that has every other rank read each item along with it (``serve``)."""
+class _Asked(Mapping[str, Any]):
+    """On the first rank: a mapping that has every other rank read each item along with it."""
 
     def __init__(self, mapping: Mapping[str, Any], ranks: Ranks) -> None:
         self._mapping, self._ranks = mapping, ranks
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
         self._ranks.tell(name)
         return self._mapping[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self._mapping)  # not by reading, which takes all ranks
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._mapping)
@@ -192,7 +197,7 @@ def asked_by_first(mapping: Mapping[str, T], ranks: Ranks) -> Iterator[Mapping[s
         yield mapping
     elif ranks.first:
         try:
-            yield Asked(mapping, ranks)
+            yield _Asked(mapping, ranks)
         finally:
             ranks.tell("")
     else:

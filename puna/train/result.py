@@ -16,6 +16,7 @@ from puna.store.importing import files_of_model, take_file
 from puna.store.manifest import StoredAdapter, StoredFile
 from puna.tensor import Weight
 from puna.train.module import LlamaModule, LoRA
+from puna.train.parallel import ALONE, Ranks, asked_by_first
 from puna.train.recipe import Recipe
 
 ADAPTER, MODEL = "adapter", "model"  # in the run's folder
@@ -23,23 +24,31 @@ METHOD = "finetune"  # of the lineage
 
 
 def save_result(
-    recipe: Recipe, found: ResolvedModel, checkpoint: Checkpoint, module: LlamaModule, folder: Path
+    recipe: Recipe,
+    found: ResolvedModel,
+    checkpoint: Checkpoint,
+    module: LlamaModule,
+    folder: Path,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write the adapter or the model as trained, in place of an earlier one. Gives the folder or .gguf file.
 
-    Raises CheckpointError.
+    The first of the ``ranks`` writes what it gathers from all, tensor by tensor. Raises CheckpointError.
     """
     if isinstance(module.method, LoRA) and not recipe.save.merge:
         path = folder / ADAPTER
         adapter = module.adapter()
-        put(path, lambda place: write_peft(place, adapter, checkpoint.config, base_model=recipe.model))
+        if ranks.first:
+            put(path, lambda place: write_peft(place, adapter, checkpoint.config, base_model=recipe.model))
         return path
     is_gguf = found.path.suffix.lower() == ".gguf"
     form = recipe.save.format or ("gguf" if is_gguf else "safetensors")
     path = folder / (f"{MODEL}.gguf" if form == "gguf" else MODEL)
-    whole = replace(checkpoint, tensors=_trained(checkpoint, module))
     weight_type = recipe.save.type or _float_type(checkpoint.tensors)
-    put(path, lambda place: save_checkpoint(whole, place, form, weight_type))
+    with asked_by_first(_trained(checkpoint, module), ranks) as tensors:
+        if ranks.first:
+            whole = replace(checkpoint, tensors=tensors)
+            put(path, lambda place: save_checkpoint(whole, place, form, weight_type))
     return path
 
 

@@ -172,6 +172,9 @@ class Trainer:
         validation: Sequence[Any] = (),
         ranks: Ranks = ALONE,
     ) -> None:
+        if ranks.count > 1 and settings.optimizer == "adamw8bit":
+            # Its blocks of numbers with one scale do not end where the ranks' rows do.
+            raise TrainingError("several processes share out the state of adamw and not of adamw8bit; choose adamw")
         module.shard()
         self.module, self.objective, self.stream, self.settings = module, objective, stream, settings
         self.folder, self.validation, self.ranks = folder, validation, ranks
@@ -267,7 +270,7 @@ class Trainer:
                 f"{self.folder} holds the state of another training: its trained tensors differ; continue with the "
                 "same recipe, or choose another folder"
             )
-        tensors = shared_out(state.tensors, self._parameters, self.ranks)
+        tensors = shared_out(state.tensors, self._parameters)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[name])

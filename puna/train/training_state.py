@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import is_initialized
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -83,14 +85,20 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def shared_out(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], ranks: Ranks) -> Mapping[str, Tensor]:
-    """This rank's part of a state on disk, each tensor sharded as the parameter whose name its own begins with."""
-    if ranks.count == 1:
-        return tensors
+def read_into(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Fill these, which may be sharded, from a state on disk; all ranks that have a part of them together."""
     assert isinstance(tensors, _Stored)
-    found = {
-        name: torch.empty_like(parameters[name.split(":")[0]], dtype=tensors.dtypes[name]) for name in tensors.shapes
-    }
+    tensors.read_into(into)
+
+
+def shared_out(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of a state on disk: a tensor is sharded as the parameter whose name its own begins with."""
+    assert isinstance(tensors, _Stored)
+    found: dict[str, Tensor] = {}
+    for name, shape in tensors.shapes.items():
+        like, dtype = parameters[name.split(":")[0]], tensors.dtypes[name]
+        same = shape == tuple(like.shape)
+        found[name] = torch.empty_like(like, dtype=dtype) if same else torch.empty(shape, dtype=dtype)
     tensors.read_into(found)
     return found
 
@@ -141,10 +149,12 @@ class _Shards(_Stored):
         return tensor
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        self._read(dict(tensors), alone=False)
+        self._read(dict(tensors), alone=not is_initialized())
 
     def _read(self, tensors: dict[str, Any], alone: bool) -> None:
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(self._folder)), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that one process reads what several wrote, as it is meant to
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(self._folder)), no_dist=alone)
 
 
 _DTYPES = {"F32": torch.float32, "I64": torch.float64, "U8": torch.uint8}

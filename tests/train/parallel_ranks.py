@@ -10,14 +10,29 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from test_trainer import LORA, trainer  # noqa: E402
+from test_trainer import LORA, RandomDocuments, trainer  # noqa: E402
 
 from puna.checkpoint.safetensors import write_safetensors  # noqa: E402
 from puna.errors import TrainingError  # noqa: E402
+from puna.train.data.answers import Answers  # noqa: E402
+from puna.train.data.tokens import Packed  # noqa: E402
 from puna.train.module import Full, LoRA  # noqa: E402
+from puna.train.objectives.labelled import KTO  # noqa: E402
+from puna.train.objectives.pairs import DPO  # noqa: E402
+from puna.train.objectives.reward import Reward  # noqa: E402
 from puna.train.parallel import Ranks, asked_by_first, launched  # noqa: E402
 from puna.train.trainer import NextToken, StepReport, evaluate  # noqa: E402
+
+
+class RandomAnswers(RandomDocuments):
+    """The same as answers, the first of them good and the second bad."""
+
+    def __next__(self) -> Answers:
+        pack = super().__next__()
+        return Answers(Packed(pack.ids, pack.trained, pack.seq_starts), np.array([True, False]))
+
 
 # Five micro-batches to a step and three to validate on: two ranks never have as many.
 SHARED: dict[str, Any] = {"steps": 6, "save_every": 4, "accumulate": 5, "validate": 3, "evaluate_every": 3}
@@ -27,6 +42,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora": {"method": LORA, "kind": "F32"},
     "dora": {"method": dataclasses.replace(LORA, dora=True), "kind": "F32"},
     "qlora": {"method": LORA, "recompute": True},
+    "dpo": {"method": LORA, "objective": DPO().objective, "stream": RandomAnswers},
+    "kto": {"method": LORA, "objective": KTO().objective, "stream": RandomAnswers},
+    "reward": {"method": LORA, "objective": Reward().objective, "stream": RandomAnswers, "kind": "F32"},
     "one": {"method": LoRA(rank=3, targets=("q_proj",)), "accumulate": 1, "validate": 1},
 }
 
