@@ -84,6 +84,11 @@ def test_paths_begin_at_the_recipe(tmp_path: Path) -> None:
         ({"objective": {"beta": 1}}, r"no field objective\.beta"),
         ({"objective": {"type": "dpo", "beta": -1.0}}, "beta of dpo"),
         ({"objective": "dpo"}, "objective must be a table"),
+        ({"objective": {"type": "reward"}}, r"objective\.type reward is for Python"),
+        (
+            {"objective": {"type": "dpo"}, "data": [{"path": "a"}, {"path": "b", "variables": {"x": 1}}]},
+            "variables differ",
+        ),
         ({"objective": {"type": "dpo"}, "training": {"truncation": "split"}}, r"training\.truncation is split"),
         ({"objective": {"type": "pretrain"}, "data": [{"path": "a", "train_on": "last"}]}, "pretraining learns"),
         ({"data": [{"path": "a", "weight": 1}, {"path": "b"}]}, "b has no weight"),
