@@ -147,7 +147,8 @@ def test_any_table_is_written_as_it_is(table: dict[str, Any]) -> None:
     seed=st.integers(-5, 5),
 )
 def test_what_is_written_is_read_again(sources: Any, method: Method, training: Training, seed: int) -> None:
-    objective = DPO(beta=0.25) if seed > 0 else recipe_from(PLAIN).objective
+    one_template = all(source.variables == sources[0].variables for source in sources)
+    objective = DPO(beta=0.25) if seed > 0 and one_template else recipe_from(PLAIN).objective
     saving = Saving(merge=seed > 2)
     recipe = Recipe("smollm2", "bot", tuple(sources), objective, method, training, saving, seed=seed)
     assert recipe_from(tomllib.loads(recipe_to_toml(recipe))) == recipe
