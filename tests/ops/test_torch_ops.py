@@ -13,7 +13,9 @@ from puna.model.model import Model  # noqa: E402
 from puna.ops import registry  # noqa: E402
 from puna.ops.protocol import Batch  # noqa: E402
 from puna.ops.reference import ReferenceOps  # noqa: E402
+from puna.ops.torch_linear import multiply  # noqa: E402
 from puna.ops.torch_ops import NoCache, TorchOps, document_batch  # noqa: E402
+from puna.ops.torch_weights import LowRankMatrix  # noqa: E402
 from puna.tensor import QUANT_TYPES, Weight  # noqa: E402
 
 LENGTHS = [33, 96, 1, 40, 35]
@@ -130,6 +132,53 @@ def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_swiglu_gradient() -> None:
     gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(TorchOps(torch.float64).swiglu, (gate, up))
+
+
+def wide(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+
+
+def test_norm_and_rotation_gradients() -> None:
+    ops = TorchOps(torch.float64)
+    assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-3), (wide(3, 8), wide(8)))
+    angles = ops.rope_angles(np.arange(3, dtype=np.int32), np.array([1.0, 0.3], np.float32), 1.1)
+    assert torch.autograd.gradcheck(lambda x: ops.rope(x, angles), (wide(3, 8),))
+
+
+@pytest.mark.parametrize("lengths", [[5, 5], [3, 17, 1, 18, 4]], ids=["equal", "mixed"])
+def test_attention_gradients(lengths: list[int]) -> None:
+    """Two heads of queries to one of keys and values; documents that need padding, and those that need none."""
+    ops, batch, count = TorchOps(torch.float64), documents(VARIANTS["gqa"], lengths), sum(lengths)
+    q, k, v = wide(count, 8, seed=1), wide(count, 4, seed=2), wide(count, 4, seed=3)
+    owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    mask = (owners[:, None] == owners).tril()
+    scores = torch.einsum("thd,sd->hts", q.view(count, 2, 4), k) / 2
+    expected = torch.einsum("hts,sd->thd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v).reshape(count, 8)
+    found = ops.attend(q, k, v, NoCache(4), 0, batch)
+    torch.testing.assert_close(found, expected)
+    weights = wide(count, 8, seed=4).detach()
+    gradients = [torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_products_of_one_input(residual: bool) -> None:
+    """Trained, frozen and changed matrices at once: values and all gradients are those of the matrices written out."""
+    x, added = wide(5, 4), wide(5, 6, seed=1) if residual else None
+    plain, base = wide(6, 4, seed=2), wide(6, 4, seed=3).detach()
+    a, b, c, d = wide(2, 4, seed=4), wide(6, 2, seed=5), wide(3, 4, seed=6), wide(6, 3, seed=7)
+    weights = [LowRankMatrix(base, a, b, 0.5), plain, base, LowRankMatrix(base, c, d, 2.0)]
+    found = multiply(x, weights, added)
+    matrices = [base + 0.5 * b @ a, plain, base, base + 2 * d @ c]
+    expected = [x @ w.T + (0 if added is None else added) for w in matrices]
+    torch.testing.assert_close(found, expected)
+    inputs = [t for t in (x, added, plain, a, b, c, d) if t is not None]
+    gradients = [
+        torch.autograd.grad(sum((n + 1) * out.square().sum() for n, out in enumerate(outs)), inputs)
+        for outs in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 def test_adapters_by_sequence_with_a_cache() -> None:
