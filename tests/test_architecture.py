@@ -21,7 +21,8 @@ LAYERS = [
     {"model"},
     {"engine", "chat", "store"},
     {"llm"},
-    {"server", "quantize", "evaluate", "train"},
+    {"quantize", "evaluate", "train"},
+    {"server"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

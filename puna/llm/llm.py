@@ -115,7 +115,7 @@ class LLM:
         kv_type: str | None = None,
         speculative: str | Speculation | None = None,
         draft_model: str | Path | None = None,
-        packed: bool = True,
+        packed: bool | str | Path = True,
         cache_dir: str | Path | None = None,
         cache_size: int = CACHE_SIZE,
         max_sequences: int = MAX_SEQUENCES,
@@ -129,10 +129,10 @@ class LLM:
         keys and values are kept as, ``f16`` (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or
         ``f32``. ``speculative``: ``ngram`` or ``off``; ``draft_model`` is a smaller model of the same vocabulary,
         loaded in the same way (docs/speculative.md). ``packed``: start from the models' packed files where there are
-        some (docs/loading.md). ``cache_dir``: a private folder that keeps what was computed of prompts and answers for
-        later processes, at most ``cache_size`` bytes of it (docs/prefix-cache.md). At most ``max_sequences`` requests
-        are computed together. ``adapters``: load those that a stored model comes with; a single one is then part of
-        the model, used wherever no other is named.
+        some, or from the one that it names (docs/loading.md). ``cache_dir``: a private folder that keeps what was
+        computed of prompts and answers for later processes, at most ``cache_size`` bytes of it (docs/prefix-cache.md).
+        At most ``max_sequences`` requests are computed together. ``adapters``: load those that a stored model comes
+        with; a single one is then part of the model, used wherever no other is named.
 
         Raises StoreError, CheckpointError, ConfigError, TokenizerError, RequestError.
         """
@@ -149,9 +149,14 @@ class LLM:
             context_length = min(stored.num_ctx, checkpoint.config.max_position_embeddings)
         threads = stored.num_thread if threads is None else threads
         model_ops = make_ops(ops, threads) if ops is None or isinstance(ops, str) else ops
-        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed)
+        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed is not False)
         llm = cls(
-            bind_model(model_ops, found, checkpoint, packed=packed),
+            bind_model(
+                model_ops,
+                found,
+                checkpoint,
+                packed=packed if isinstance(packed, bool) else Path(packed).expanduser(),
+            ),
             tokenizer,
             chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
             system=manifest.system if manifest else None,

@@ -77,7 +77,9 @@ class _Products(torch.autograd.Function):
         outs, at = [], 0
         for part, base, up in zip(parts, bases, ups, strict=True):
             matrix = _numbers(part, base, x.dtype)
-            y = x @ matrix.T if residual is None else torch.addmm(residual, x, matrix.T)
+            y = _times(x, matrix)
+            if residual is not None:
+                y += residual
             if up is not None and reduced is not None:
                 rank = up.shape[1]
                 y.addmm_(reduced[:, at : at + rank], up.to(x.dtype).T, alpha=part.scale)
@@ -99,7 +101,8 @@ class _Products(torch.autograd.Function):
         for i, (gradient, part, base, up) in enumerate(zip(gradients, ctx.parts, bases, ups, strict=True)):
             if ctx.needs_input_grad[0]:
                 matrix = _numbers(part, base, ctx.dtype)
-                x_gradient = gradient @ matrix if x_gradient is None else x_gradient.addmm_(gradient, matrix)
+                part_gradient = _times(gradient, matrix.T)
+                x_gradient = part_gradient if x_gradient is None else x_gradient.add_(part_gradient)
             if ctx.needs_input_grad[3 + 3 * i]:
                 found[3 * i] = (gradient.T @ x).to(base.dtype)
             if up is None:
@@ -119,6 +122,20 @@ class _Products(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             residual_gradient = gradients[0] if len(gradients) == 1 else sum(gradients)
         return x_gradient, residual_gradient, None, *found
+
+
+_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x · matrixᵀ, without gradients.
+
+    torch gives float32 to MKL, which leaves a tenth of an AMD processor unused, where oneDNN does not.
+    """
+    if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
+        return product
+    return x @ matrix.T
 
 
 def _numbers(part: _Part, base: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from puna.config import ModelConfig
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
 from puna.ops.reference import ReferenceOps
 from puna.ops.registry import make_ops
+from puna.ops.torch_attention import attend_within
 from puna.ops.torch_functions import Angles, RMSNorm, Rotate, SwiGLU
 from puna.ops.torch_linear import low_rank_product, multiply
 from puna.ops.torch_weights import (
@@ -186,7 +186,7 @@ class TorchOps:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv: KVCache, layer: int, batch: Batch) -> Tensor:
         if isinstance(kv, NoCache):
-            return self._attend_within(q, k, v, kv.head_dim, batch)
+            return attend_within(q, k, v, kv.head_dim, batch.seq_starts.tobytes())
         out = self._reference.attend(self.to_host(q), self.to_host(k), self.to_host(v), kv, layer, batch)
         return torch.from_numpy(out).to(self.device, self.dtype)
 
@@ -217,59 +217,3 @@ class TorchOps:
 
     def _index(self, index: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(index.astype(np.int64)).to(self.device)
-
-    def _attend_within(self, q: Tensor, k: Tensor, v: Tensor, head_dim: int, batch: Batch) -> Tensor:
-        """Documents of about one length are computed together, padded at their ends, where causal attention is blind.
-
-        That costs the squares of the documents' lengths; a mask over the whole batch costs that of their sum.
-        """
-        groups = _groups(batch.seq_starts.tobytes(), self.device)
-        q, k, v = (x.reshape(len(x), -1, head_dim) for x in (q, k, v))
-        outs = []
-        for tokens, (documents, length) in groups.by_length:
-            # [documents, heads, length, head_dim]
-            queries, keys, values = (
-                x[tokens].reshape(documents, length, -1, head_dim).transpose(1, 2) for x in (q, k, v)
-            )
-            out = F.scaled_dot_product_attention(
-                queries, keys, values, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            outs.append(out.transpose(1, 2).reshape(documents * length, -1))
-        return torch.cat(outs)[groups.place]
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """Documents by about their lengths.
-
-    ``by_length``: of each group the tokens (int64[documents · length], any token for the padding), how many documents
-    there are and their padded length. ``place``: where each token of the batch comes to lie in their concatenation.
-    """
-
-    by_length: Sequence[tuple[Tensor, tuple[int, int]]]
-    place: Tensor
-
-
-@lru_cache(maxsize=8)  # every layer of a step asks for the same
-def _groups(seq_starts: bytes, device: torch.device) -> _Groups:
-    starts = np.frombuffer(seq_starts, np.int32).astype(np.int64)
-    lengths = np.diff(starts)
-    padded = np.array([_padded_length(int(length)) for length in lengths])
-    place = np.empty(starts[-1], np.int64)
-    by_length, at = [], 0
-    for target in np.unique(padded):
-        chosen = np.flatnonzero(padded == target)
-        length = lengths[chosen].max()
-        offsets = np.arange(length)
-        inside = offsets < lengths[chosen, None]
-        tokens = np.where(inside, starts[chosen, None] + offsets, starts[chosen, None])
-        place[tokens[inside]] = at + np.flatnonzero(inside.reshape(-1))
-        at += tokens.size
-        by_length.append((torch.from_numpy(tokens.reshape(-1)).to(device), (len(chosen), int(length))))
-    return _Groups(by_length, torch.from_numpy(place).to(device))
-
-
-def _padded_length(length: int) -> int:
-    """The next of 16, 20, 24, 28, 32, 40, 48, …: at most a fifth of a longer document is padding."""
-    step = max(4, 1 << (length - 1).bit_length() >> 3)
-    return max(16, -(-length // step) * step)

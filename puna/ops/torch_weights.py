@@ -46,7 +46,7 @@ class EncodedMatrix:
         if self.kind.name in FLOAT_DTYPES:
             return data.view(FLOAT_DTYPES[self.kind.name]).to(dtype)
         # By DLPack, because numpy() would fix the size of the tensor's memory, which is let go of where it is sharded.
-        weight = Weight("encoded", (len(data), self.columns), self.kind, np.from_dlpack(data.cpu()))
+        weight = Weight("encoded", (len(data), self.columns), self.kind, np.from_dlpack(data.cpu()).view(np.uint8))
         return torch.from_numpy(self.decoder(weight)).to(data.device, dtype)
 
 

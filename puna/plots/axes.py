@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from puna.plots.page import text
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 44
 FLOOR = 1e-7  # less is drawn on a logarithmic axis as if it were this
-_NOTHING = 1e-100  # a smaller range is none
+_NOTHING = 1e-100  # a smaller number is 0
+_ROUNDING = 1e-12  # a smaller range, as a share of its numbers, is none
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Axis:
 
 def opening(x_title: str, y_title: str) -> str:
     """The tag that begins the picture."""
-    label = f"{escape(y_title)} against {escape(x_title)}"
+    label = f"{text(y_title)} against {text(x_title)}"
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
 
 
@@ -55,18 +57,18 @@ def frame(x: Axis, y: Axis, x_title: str, y_title: str) -> list[str]:
         at = y.place(tick)
         parts.append(f'<line class="grid" x1="{x.start}" y1="{at:.1f}" x2="{x.end}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    parts.append(f'<text x="{(x.start + x.end) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>')
+    parts.append(f'<text x="{(x.start + x.end) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{text(x_title)}</text>')
     middle = (y.start + y.end) / 2
     turned = f'x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})"'
-    return [*parts, f"<text {turned}>{escape(y_title)}</text>"]
+    return [*parts, f"<text {turned}>{text(y_title)}</text>"]
 
 
 def axis_of(values: Sequence[float], start: float, end: float) -> Axis:
     """A linear axis with a margin around ``values``; it does not go below 0 where they do not."""
     low, high = min(values), max(values)
-    margin = 0.06 * (high - low)
-    if margin < _NOTHING:
-        margin = 0.1 * abs(high) if abs(high) > _NOTHING else 1.0
+    margin, largest = 0.06 * (high - low), max(abs(low), abs(high))
+    if margin < max(_NOTHING, _ROUNDING * largest):
+        margin = 0.1 * largest if largest > _NOTHING else 1.0
     return Axis(max(low - margin, 0.0) if low >= 0 else low - margin, high + margin, start, end)
 
 

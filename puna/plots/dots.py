@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from puna.plots.axes import BOTTOM, FLOOR, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, axis_of, frame, opening
+from puna.plots.page import text
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ def plot(
         parts.append(f'<circle class="{"marked" if point.marked else "dot"}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="4"/>')
         if point.label:
             anchor, beside = ("end", at_x - 8) if at_x > WIDTH * 0.7 else ("start", at_x + 8)
-            parts.append(
-                f'<text x="{beside:.1f}" y="{at_y - 6:.1f}" text-anchor="{anchor}">{escape(point.label)}</text>'
-            )
+            parts.append(f'<text x="{beside:.1f}" y="{at_y - 6:.1f}" text-anchor="{anchor}">{text(point.label)}</text>')
     return "\n".join([*parts, "</svg>"])
 
 

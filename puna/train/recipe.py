@@ -218,6 +218,13 @@ class Recipe:
             raise TrainingError(f"data: {source.path} has no weight, but others have; give all of them one, or none")
         if all(source.validation == 1 for source in self.data):
             raise TrainingError("data: everything is held out for validation, so nothing is left to train on")
+        if self.objective_name == "reward" or self.rows not in ("documents", "pairs", "labelled"):
+            raise TrainingError(
+                f"objective.type {self.objective_name} is for Python so far (puna.train.objectives); the commands "
+                "train models that answer, on rows that hold the answers"
+            )
+        if self.rows != "documents" and any(source.variables != self.data[0].variables for source in self.data):
+            raise TrainingError("data: variables differ, but answers are compared under one template; make them equal")
         if self.rows != "documents" and self.training.truncation == "split":
             raise TrainingError("training.truncation is split, but whole answers are compared; choose cut_left or drop")
         if self.rows == "documents" and self.training.answers is not None:

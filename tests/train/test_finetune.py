@@ -15,7 +15,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from puna import LLM  # noqa: E402
+from puna.checkpoint import open_checkpoint, save_checkpoint  # noqa: E402
 from puna.errors import CapacityError, DataError, PunaError, StoreError, TrainingError  # noqa: E402
+from puna.model.shapes import parameter_count  # noqa: E402
+from puna.ops.torch_ops import document_batch  # noqa: E402
 from puna.store import Store, import_file, resolve  # noqa: E402
 from puna.train.estimate import estimate  # noqa: E402
 from puna.train.finetune import Prepared, make_module, prepare, run  # noqa: E402
@@ -97,28 +100,21 @@ def test_what_is_learnt_is_what_is_served(store: Store, rows: Path, changes: dic
         assert llm.generate("Tell about Ben.", temperature=0, max_tokens=8).text.startswith(" Ben went to the ")
 
 
+@pytest.mark.filterwarnings("ignore:.*were written as F16")
 def test_qlora_over_a_quantized_file_and_over_floats(store: Store, rows: Path, tmp_path: Path) -> None:
-    from puna.checkpoint import open_checkpoint, save_checkpoint
-
     save_checkpoint(open_checkpoint(resolve("stories", store).path), tmp_path / "q.gguf", "gguf", "Q4_1")
     import_file(tmp_path / "q.gguf", "quantized", store=store)
-    prepared = prepare(recipe(rows, model="quantized"), store)
-    assert any(name == "Q4_1" for name in kinds(prepared))
-    outcome = run(prepared)
-    assert served_loss(store, "bot", prepared) == pytest.approx(outcome.after, abs=1e-3)
-
-    over_floats = recipe(rows, output="other", method={"type": "qlora", "base_type": "Q8_0"})
-    prepared = prepare(over_floats, store)
-    assert prepared.estimate.weights < prepare(recipe(rows, output="third"), store).estimate.weights / 2
-    encoded = {w.kind.name for w in make_module(prepared)._encoded.values()}
-    assert encoded == {"Q8_0", "F32"} or encoded == {"Q8_0"}
-    outcome = run(prepared)
-    assert outcome.after < outcome.before - 1.5
-    assert served_loss(store, "other", prepared) == pytest.approx(outcome.after, abs=0.02)
-
-
-def kinds(prepared: Prepared) -> set[str]:
-    return {weight.type.name for weight in prepared.checkpoint.tensors.values()}
+    for changes, kind, close in (
+        ({"model": "quantized"}, "Q4_1", 1e-3),
+        ({"method": {"type": "qlora", "base_type": "Q8_0"}}, "Q8_0", 0.02),  # served over the floats that there were
+    ):
+        prepared = prepare(recipe(rows, output=kind.lower(), **changes), store)
+        module = make_module(prepared)
+        assert kind in {weight.kind.name for weight in module._encoded.values()}
+        assert prepared.estimate.weights == sum(p.nbytes for p in module.parameters() if not p.requires_grad)
+        outcome = run(prepared)
+        assert outcome.after < outcome.before - 1.5
+        assert served_loss(store, kind.lower(), prepared) == pytest.approx(outcome.after, abs=close)
 
 
 def test_the_run_is_recorded(store: Store, rows: Path) -> None:
@@ -198,8 +194,8 @@ def test_preferences(store: Store, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(store: Store, rows: Path, tmp_path: Path) -> None:
+    store.copy("stories", "taken")
     with pytest.raises(StoreError, match="a model taken:latest exists already"):
-        store.copy("stories", "taken")
         prepare(recipe(rows, output="taken"), store)
     with pytest.raises(StoreError, match="no model storeis is in the store"):
         prepare(recipe(rows, model="storeis"), store)
@@ -218,7 +214,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(store: Store, rows:
 
 def test_memory_is_told_and_refused(store: Store, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare(recipe(rows, method={"type": "full"}), store)
-    assert prepared.estimate.trained_parameters == 259_904 + 0 or prepared.estimate.trained_parameters > 250_000
+    assert prepared.estimate.trained_parameters == parameter_count(prepared.checkpoint.config)
     assert prepared.estimate.optimizer == 8 * prepared.estimate.trained_parameters
     plan = dataclasses.replace(prepared.plan, recompute=True)
     assert estimate(prepared.recipe, prepared.checkpoint, plan).activations < prepared.estimate.activations
@@ -246,8 +242,6 @@ def test_activations_are_about_what_is_kept(store: Store, rows: Path, method: st
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         module.train()
-        from puna.ops.torch_ops import document_batch
-
         hidden = module.hidden(document_batch(packed.ids, packed.seq_starts))
     measured = sum(kept.values()) / len(packed.ids) * prepared.plan.length
     assert hidden.requires_grad

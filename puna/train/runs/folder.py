@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +28,8 @@ from puna.train.runs.differences import differing, recipe_values
 from puna.train.runs.environment import now, this_start
 from puna.train.runs.metrics import Row, append_metrics, cut_metrics
 from puna.train.runs.record import DataFacts, Evaluation, RunInputs, RunRecord
-from puna.train.runs.run import EVENTS, METRICS, RECIPE, RECORD, STATES, Run, lock
+from puna.train.runs.report import run_page
+from puna.train.runs.run import EVENTS, METRICS, RECIPE, RECORD, REPORT, STATES, Run, lock
 from puna.train.runs.tensorboard import append_event, begin_events
 
 
@@ -133,14 +134,17 @@ class RunFolder:
         self._save(replace(self.record, **{name: value for name, value in known.items() if value is not None}))
 
     def finish(self, result: str, after: Evaluation | None = None) -> None:
-        """The run is done: ``result`` is the name or path of what it made. The folder is free for others."""
+        """The run is done: ``result`` is the name or path of what it made. Writes the report, after letting go."""
         self._save(replace(self.record, status="finished", result=result, after=after, ended=now()))
         self.close()
+        self._write_report()
 
     def fail(self, error: str) -> None:
         """The run cannot go on: ``error`` is the sentence that the user saw. It may be resumed."""
         self._save(replace(self.record, status="failed", error=error, ended=now()))
         self.close()
+        with suppress(PunaError):  # the error at hand says more
+            self._write_report()
 
     def close(self) -> None:
         """Let go of the folder. A run that neither finished nor failed is then an interrupted one."""
@@ -154,6 +158,10 @@ class RunFolder:
         if isinstance(error, Exception) and self.record.status == "running":
             self.fail(str(error) if isinstance(error, PunaError) else f"{type(error).__name__}: {error}")
         self.close()
+
+    def _write_report(self) -> None:
+        with atomic_path(self.folder / REPORT) as temporary:
+            temporary.write_text(run_page(Run.read(self.folder)), encoding="utf-8")
 
     def _save(self, record: RunRecord) -> None:
         with atomic_path(self.folder / RECORD) as temporary:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from puna.checkpoint.atomic import atomic_path
@@ -54,7 +55,7 @@ def append_metrics(path: Path, row: Row) -> None:
         raise TrainingError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def curve(rows: list[Row], name: str) -> list[tuple[float, float]]:
+def curve(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
     """The steps that have a finite number of that name, and the number."""
     return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
 
