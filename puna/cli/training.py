@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -51,7 +52,6 @@ def run_recipe(
 ) -> None:
     """Prepare, show, ask, train, and say what was made."""
     _check_torch()
-    import torch
     from rich.console import Console
 
     from puna.ops.threads import default_threads
@@ -61,7 +61,7 @@ def run_recipe(
     recipe = read()
     console = Console(stderr=True, highlight=False)
     with launched(recipe.device) as ranks:
-        torch.set_num_threads(threads or max(1, default_threads() // ranks.count))
+        ranks.compute_with(threads or max(1, default_threads() // ranks.count))
         # Only the first of several processes speaks, and none asks: their input is the launcher's.
         console.quiet = not ranks.first
         yes = yes or ranks.count > 1
@@ -92,10 +92,8 @@ def run_recipe(
 
 
 def _check_torch() -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise TrainingError("training needs torch, which is not installed; pip install 'puna[torch]'") from None
+    if find_spec("torch") is None:
+        raise TrainingError("training needs torch, which is not installed; pip install 'puna[torch]'")
 
 
 def _facts(prepared: Prepared) -> dict[str, Any]:

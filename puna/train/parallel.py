@@ -41,6 +41,11 @@ class Ranks:
         """Whether this process is the one that writes and reports."""
         return self.rank == 0
 
+    @staticmethod
+    def compute_with(threads: int) -> None:
+        """How many CPU threads this process takes."""
+        torch.set_num_threads(threads)
+
     def passes(self, micro_batches: Sequence[T]) -> Iterator[tuple[int, T, bool]]:
         """This rank's share: a number, its micro-batch, and whether it counts.
 

@@ -20,7 +20,11 @@ from test_trainer import RandomDocuments, trainer  # noqa: E402
 from puna.checkpoint import open_checkpoint  # noqa: E402
 from puna.checkpoint.safetensors import read_safetensors  # noqa: E402
 from puna.errors import TrainingError  # noqa: E402
+from puna.store import Store  # noqa: E402
+from puna.train.finetune import prepare  # noqa: E402
+from puna.train.finetune import run as train  # noqa: E402
 from puna.train.parallel import ALONE, Ranks, add_sums, asked_by_first, launched  # noqa: E402
+from puna.train.recipe import read_recipe  # noqa: E402
 from puna.train.training_state import best_state, newest_state  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -173,7 +177,7 @@ def test_optimizers_that_are_not_sharded_are_refused(tmp_path: Path) -> None:
 
 
 def test_puna_train_under_torchrun(shared_data: Path, tmp_path: Path) -> None:
-    """Every weight of a real model, so that the first process gathers them all: its losses and file, against one's."""
+    """Every weight of a real model, which the first process gathers: losses and file are those of one process."""
     model = shared_data / "weights" / "stories260K" / "stories260K.gguf"
     rows = [{"prompt": f"Tell about {name}.", "completion": f" {name} went away."} for name in ("Tom", "Mia") * 10]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -183,20 +187,21 @@ def test_puna_train_under_torchrun(shared_data: Path, tmp_path: Path) -> None:
         '[method]\ntype = "full"\n[training]\nsteps = 4\nlength = 64\nbatch = 3\nevaluate_every = 2\n'
         '[save]\ntype = "F32"\n'
     )
-    found = {}
-    for name, start in (("one", [sys.executable]), ("two", TORCHRUN)):
-        environment = {**ENVIRONMENT, "PUNA_HOME": str(tmp_path / name), "PYTHONPATH": str(ROOT)}
-        command = [*start, "-m", "puna", "train", str(recipe), "--json"]
-        ended = subprocess.run(command, env=environment, timeout=SECONDS, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr
-        found[name] = json.loads(ended.stdout)["result"]
-    for key in ("held_out_loss_before", "held_out_loss_after"):
-        assert found["two"][key] == pytest.approx(found["one"][key], rel=1e-4)
-    assert found["two"]["held_out_loss_after"] < found["two"]["held_out_loss_before"]
-    one, two = (open_checkpoint(Path(found[name]["path"])).tensors for name in ("one", "two"))
-    assert list(one) == list(two)
-    for name, weight in one.items():
-        np.testing.assert_allclose(two[name].dequantize(), weight.dequantize(), atol=2e-4)
+    one = train(prepare(read_recipe(recipe), Store(tmp_path / "one")))
+    environment = {**ENVIRONMENT, "PUNA_HOME": str(tmp_path / "two"), "PYTHONPATH": str(ROOT)}
+    command = [*TORCHRUN, "-m", "puna", "train", str(recipe), "--json"]
+    ended = subprocess.run(command, env=environment, timeout=SECONDS, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    two = json.loads(ended.stdout)["result"]
+    assert two["held_out_loss_before"] == pytest.approx(one.before, rel=1e-5)
+    assert two["held_out_loss_after"] == pytest.approx(one.after, rel=1e-4)
+    assert two["held_out_loss_after"] < two["held_out_loss_before"]
+    before, alone, together = (open_checkpoint(Path(path)).tensors for path in (model, one.path, two["path"]))
+    assert list(alone) == list(together)
+    for name, weight in alone.items():
+        # A gradient that is almost 0 has any sign, and Adam's first steps are as long for it as for others.
+        difference = together[name].dequantize() - weight.dequantize()
+        assert np.linalg.norm(difference) < 0.02 * np.linalg.norm(weight.dequantize() - before[name].dequantize())
 
 
 def test_nothing_launched_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
