@@ -9,6 +9,7 @@ from typing import Any
 
 from puna.errors import TrainingError
 from puna.train.objectives.distill import Distill
+from puna.train.objectives.grpo import GRPO
 from puna.train.objectives.labelled import KTO
 from puna.train.objectives.next_token import SFT, Pretrain
 from puna.train.objectives.objective import Knobs
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, type[Knobs]] = {
     "kto": KTO,
     "orpo": ORPO,
     "simpo": SimPO,
+    "grpo": GRPO,
 }
 
 
