@@ -27,7 +27,7 @@ from puna.train.module import LlamaModule, LoRA
 from puna.train.objectives import knobs_of
 from puna.train.trainer import Settings, StepReport, Trainer, evaluate
 
-LENGTH, PAIRS, HELD_OUT = 160, 8, 64
+LENGTH, PAIRS, HELD_OUT = 128, 8, 48
 
 
 def main() -> None:
