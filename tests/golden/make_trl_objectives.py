@@ -165,7 +165,15 @@ def reward(folder: str) -> dict[str, Any]:
 def grpo(folder: str) -> dict[str, Any]:
     """The policy of seed 2, the answers sampled by one of seed 3, the reference of seed 1."""
     args = options(
-        trl.GRPOConfig, folder, 3, beta=0.04, epsilon=0.2, num_generations=3, loss_type="grpo", scale_rewards="group"
+        trl.GRPOConfig,
+        folder,
+        3,
+        beta=0.04,
+        epsilon=0.2,
+        num_generations=3,
+        loss_type="grpo",
+        scale_rewards="group",
+        use_bias_correction_kl=False,  # the formula of the paper
     )
     model, words = causal(2), tokenizer()
     data = Dataset.from_list([{"prompt": text(GROUP["prompt"])}] * 3)

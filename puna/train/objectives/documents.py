@@ -59,3 +59,9 @@ def document_logprobs(model: HiddenModel, documents: Packed, *, mean: bool = Fal
     found = predictions(model, documents)
     logprobs = token_logprobs(found.hidden, model.head(), found.targets)
     return answer_logprobs(logprobs, found.owners, len(documents.seq_starts) - 1, mean=mean)
+
+
+def policy_logprobs(model: HiddenModel, documents: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log probabilities [R] of the trained tokens at a temperature, and whose document's each is, int64[R]."""
+    found = predictions(model, documents)
+    return token_logprobs(found.hidden / temperature, model.head(), found.targets), found.owners

@@ -14,7 +14,7 @@ from puna.ops.torch_ops import NoCache, TorchOps
 from puna.tensor import Weight
 from puna.train.data.tokens import Packed
 from puna.train.module import LlamaModule, LoRA
-from puna.train.objectives.documents import document_logprobs
+from puna.train.objectives.documents import document_logprobs, policy_logprobs
 
 
 class FrozenModel:
@@ -52,3 +52,8 @@ class Reference:
         """As ``document_logprobs``, without gradients or dropout."""
         with torch.no_grad(), self._module.unchanged():
             return document_logprobs(self._frozen or self._module, documents, mean=mean)
+
+    def token_logprobs(self, documents: Packed, temperature: float) -> Tensor:
+        """As ``policy_logprobs`` of the trained tokens, [R], without gradients or dropout."""
+        with torch.no_grad(), self._module.unchanged():
+            return policy_logprobs(self._frozen or self._module, documents, temperature)[0]

@@ -35,11 +35,10 @@ def count_pairs(micro_batch: Answers) -> int:
 
 
 def measure_rewards(metrics: Metrics, chosen: Tensor, rejected: Tensor) -> None:
-    """``accuracy`` is the share of pairs whose chosen answer has the greater reward."""
+    """``accuracy`` is the share of pairs whose chosen answer has the greater reward; equal ones count half."""
     chosen, rejected = chosen.detach(), rejected.detach()
-    metrics.add(
-        accuracy=(chosen > rejected).float(), margin=chosen - rejected, reward_chosen=chosen, reward_rejected=rejected
-    )
+    margin = chosen - rejected
+    metrics.add(accuracy=(margin.sign() + 1) / 2, margin=margin, reward_chosen=chosen, reward_rejected=rejected)
 
 
 class PairedPreference:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +80,8 @@ def save_reward_model(module: LlamaModule, checkpoint: Checkpoint, folder: str |
     names = {name for name, _ in module.named_parameters()}
     if SCORE not in names:
         raise TrainingError("the module has no score; save a module that was trained as a reward model")
-    merged = module.merged()
-    tensors: dict[str, Any] = {name: merged[name] for name in merged if name != HEAD}
-    tensors[SCORE] = Weight.from_array(SCORE, module.get_parameter(SCORE).detach().float().cpu().numpy())
+    score = Weight.from_array(SCORE, module.get_parameter(SCORE).detach().float().cpu().numpy())
+    tensors = _WithScore(module.merged(), score)
     extra = {
         "architectures": ["LlamaForSequenceClassification"],
         "id2label": {"0": "reward"},
@@ -89,6 +89,24 @@ def save_reward_model(module: LlamaModule, checkpoint: Checkpoint, folder: str |
         "pad_token_id": _padding(checkpoint.config),
     }
     write_model_folder(checkpoint, Path(folder).expanduser(), extra, lambda place: write_safetensors(place, tensors))
+
+
+class _WithScore(Mapping[str, Weight]):
+    """A model's tensors, each made when it is written, with a score in place of the vocabulary's head."""
+
+    def __init__(self, tensors: Mapping[str, Weight], score: Weight) -> None:
+        self._tensors, self._score = tensors, score
+        self._names = [name for name in tensors if name != HEAD]
+
+    def __getitem__(self, name: str) -> Weight:
+        return self._score if name == SCORE else self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._names
+        yield SCORE
+
+    def __len__(self) -> int:
+        return len(self._names) + 1
 
 
 def _padding(config: ModelConfig) -> int | None:
