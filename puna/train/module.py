@@ -25,6 +25,7 @@ from puna.ops.protocol import Batch, Ops
 from puna.ops.torch_ops import NoCache, TorchOps
 from puna.ops.torch_weights import EncodedMatrix, LowRankMatrix, Matrix, dense
 from puna.tensor import Adapter, LowRank, Weight
+from puna.tensor.mapped import drop_mapped_pages
 from puna.train.parallel import ALONE, Ranks, fill, shard_layer, shard_rest, whole
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -208,7 +209,9 @@ class LlamaModule(nn.Module):
         return found
 
     def _trained(self, weight: Weight) -> nn.Parameter:
-        return nn.Parameter(self.ops.numbers(weight, self._master).clone())
+        values = self.ops.numbers(weight, self._master).clone()
+        drop_mapped_pages(weight.data)  # copied, so the file's pages need not stay in memory
+        return nn.Parameter(values)
 
     def _frozen(self, weight: Weight) -> nn.Parameter:
         uploaded = self.ops.weight(weight)
