@@ -9,7 +9,7 @@ PIP  := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN  := $(VENV)/bin
 SOURCES := $(shell find puna csrc -name '*.py' -o -name '*.cpp' -o -name '*.hpp' 2>/dev/null) pyproject.toml CMakeLists.txt
 
-.PHONY: run test check format bench native sanitize clean
+.PHONY: run test check format bench native sanitize sanitize-threads clean
 
 run: $(VENV)/.installed
 	@$(BIN)/puna show "$$MODEL" >/dev/null 2>&1 || $(BIN)/puna pull "$$MODEL"
@@ -42,6 +42,14 @@ sanitize: $(VENV)/.developer
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PUNA_TEST_NATIVE="$$(ls build/sanitize/_native*.so)" \
 	  $(BIN)/python -m pytest --capture=sys tests/ops
+
+# The thread pool's tests on a build that reports data races (needs gcc).
+sanitize-threads: $(VENV)/.developer
+	$(BIN)/cmake -S . -B build/sanitize-threads -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS=-fsanitize=thread -DCMAKE_CXX_FLAGS_DEBUG='-O1 -g' -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build build/sanitize-threads -j
+	LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1 \
+	PUNA_TEST_NATIVE="$$(ls build/sanitize-threads/_native*.so)" \
+	  $(BIN)/python -m pytest --capture=sys tests/ops/test_threadpool.py
 
 # Puna beside llama.cpp on the default model (builds llama.cpp once).
 bench: $(VENV)/.developer

@@ -32,5 +32,7 @@ def floor(row: Row, costs: Costs, limits: Limits) -> Floor:
         operations = 2.0 * (costs.body_parameters + costs.head_parameters) * tokens
     moved = costs.weight_bytes + read
     peak = limits.int8_gop_per_s if costs.quantized else limits.float32_gop_per_s
+    if costs.bfloat16 and limits.isa == "avx512bf16":
+        peak *= 2  # one instruction multiplies twice as many numbers
     seconds = max(moved / limits.read_gb_per_s, operations / peak) / 1e9
     return Floor(operations, moved, tokens / seconds)

@@ -51,7 +51,8 @@ def smollm2() -> Path:
 @dataclass(frozen=True)
 class Costs:
     """Of one model: bytes of weights that a decode step reads, parameters that each token is multiplied with, and bytes
-    of keys and values of a token. ``file_bytes`` is the whole file; ``quantized`` whether products are of integers."""
+    of keys and values of a token. ``file_bytes`` is the whole file; ``quantized`` whether products are of integers,
+    ``bfloat16`` whether all weights are."""
 
     weight_bytes: int
     body_parameters: int
@@ -59,6 +60,7 @@ class Costs:
     kv_bytes_per_token: int
     file_bytes: int
     quantized: bool
+    bfloat16: bool = False
 
 
 def costs(path: Path) -> Costs:
@@ -82,4 +84,5 @@ def costs(path: Path) -> Costs:
         2 * KV_BYTES * config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
         path.stat().st_size,
         quantized=not kinds <= {"F32", "F16", "BF16"},
+        bfloat16=kinds == {"BF16"},
     )

@@ -11,12 +11,15 @@ constexpr float kSmallest = 1e-30f;       // below, 127 / magnitude may overflow
 
 constexpr int halves(int correction) { return correction == kHalfZero128 || correction == kHalfZero32 || correction == kHalfSum ? 2 : 1; }
 
+constexpr int64_t pairs_of(int64_t columns) { return (columns + 1) / 2; }
+
 // Bytes that one token takes of a tile.
-int64_t token_bytes(int64_t columns, bool floats, bool quantized, unsigned corrections) {
+int64_t token_bytes(int64_t columns, unsigned inputs, unsigned corrections) {
   const int64_t groups = columns / kGroup;
-  int64_t bytes = floats ? 4 * columns : 0;
-  if (quantized) bytes += kGroup * groups + 4 * groups;
-  for (int c = 0; quantized && c < kCorrections; c++)
+  int64_t bytes = inputs & kFloats ? 4 * columns : 0;
+  if (inputs & kPairs) bytes += 4 * pairs_of(columns);
+  if (inputs & kCodes) bytes += kGroup * groups + 4 * groups;
+  for (int c = 0; inputs & kCodes && c < kCorrections; c++)
     if (corrections >> c & 1) bytes += 4 * halves(c) * groups;
   return bytes;
 }
@@ -91,17 +94,33 @@ inline Group quantize(const float* x) {
   return group;
 }
 
+// x [count, columns] as pairs [ceil(columns / 2)][width] of bfloat16.
+void fill_pairs(const float* x, int64_t count, int64_t width, int64_t columns, uint32_t* pairs) {
+#if defined(__AVX512BF16__)
+  for (int64_t k = 0; k < columns; k += kLanes) {  // tokens innermost, so that the tile is written in order
+    const int lanes = int(columns - k < kLanes ? columns - k : kLanes);
+    uint32_t rounded[kMostTokens][kLanes / 2] = {};
+    for (int64_t m = 0; m < count; m++) {
+      const __m256bh row = _mm512_cvtneps_pbh(load_first(x + m * columns + k, lanes));
+      std::memcpy(rounded[m], &row, sizeof row);
+    }
+    for (int64_t i = 0; i < (lanes + 1) / 2; i++)
+      for (int64_t m = 0; m < width; m++) *pairs++ = rounded[m][i];
+  }
+#else
+  (void)x, (void)count, (void)width, (void)columns, (void)pairs;  // no kernel of this instruction set wants them
+#endif
+}
+
 }  // namespace
 
-Activations::Activations(ThreadPool& pool, const float* x, int64_t tokens, int64_t columns, bool floats, bool quantized,
-                         unsigned corrections)
+Activations::Activations(ThreadPool& pool, const float* x, int64_t tokens, int64_t columns, unsigned inputs, unsigned corrections)
     : tokens_(tokens),
       columns_(columns),
       groups_(columns / kGroup),
-      floats_(floats),
-      quantized_(quantized),
+      inputs_(inputs),
       corrections_(corrections),
-      token_bytes_(token_bytes(columns, floats, quantized, corrections)),
+      token_bytes_(token_bytes(columns, inputs, corrections)),
       memory_(tiles() * kMostTokens * token_bytes_) {
   pool.run(tiles(), tokens * columns <= kInlineValues ? tiles() : 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; i++) fill(x, i);
@@ -118,8 +137,9 @@ Tile Activations::tile(int64_t i) const {
   const int64_t width = kWidths[width_index(i)];
   const uint8_t* p = memory_.data + i * kMostTokens * token_bytes_;
   Tile tile{};
-  if (floats_) tile.floats = reinterpret_cast<const float*>(p), p += 4 * columns_ * width;
-  if (!quantized_) return tile;
+  if (inputs_ & kFloats) tile.floats = reinterpret_cast<const float*>(p), p += 4 * columns_ * width;
+  if (inputs_ & kPairs) tile.pairs = reinterpret_cast<const uint32_t*>(p), p += 4 * pairs_of(columns_) * width;
+  if (!(inputs_ & kCodes)) return tile;
   tile.values = reinterpret_cast<const int8_t*>(p), p += kGroup * groups_ * width;
   tile.scales = reinterpret_cast<const float*>(p), p += 4 * groups_ * width;
   for (int c = 0; c < kCorrections; c++)
@@ -138,9 +158,10 @@ void Activations::fill(const float* x, int64_t index) const {
   const auto set = [&](Correction c, int64_t at, auto value) {
     if (corrections_ >> c & 1) std::memcpy(static_cast<uint8_t*>(const_cast<void*>(tile.corrections[c])) + 4 * at, &value, 4);
   };
-  for (int64_t m = 0; floats_ && m < width; m++)
+  for (int64_t m = 0; inputs_ & kFloats && m < width; m++)
     for (int64_t k = 0; k < columns_; k++) floats[k * width + m] = m < count ? x[m * columns_ + k] : 0.0f;
-  for (int64_t g = 0; quantized_ && g < groups_; g++) {
+  if (inputs_ & kPairs) fill_pairs(x, count, width, columns_, const_cast<uint32_t*>(tile.pairs));
+  for (int64_t g = 0; inputs_ & kCodes && g < groups_; g++) {
     for (int64_t m = 0; m < width; m++) {  // innermost, so that the tile is written in order
       const Group group = m < count ? quantize(x + m * columns_ + g * kGroup) : Group{};
       PUNA_UNROLL

@@ -5,7 +5,8 @@
 //   values       int8  [groups][8 quads][W][4]
 //   scales       f32   [groups][W]
 //   corrections  as the formats need them, see Correction
-// and, where a target has float weights, the floats themselves as [columns][W]. Tokens that pad a tile are zero.
+// Where a target has float weights, the floats themselves as [columns][W]; where it has weights that are multiplied as bfloat16,
+// the values rounded to that (nearest even) as pairs [ceil(columns / 2)][W][2]. Tokens that pad a tile are zero.
 #pragma once
 
 #include "buffer.hpp"
@@ -30,8 +31,12 @@ enum Correction {
   kNoCorrection = kCorrections,
 };
 
+// What a target wants to be given.
+enum Input : unsigned { kFloats = 1, kPairs = 2, kCodes = 4 };
+
 struct Tile {
   const float* floats;
+  const uint32_t* pairs;
   const int8_t* values;
   const float* scales;
   const void* corrections[kCorrections];
@@ -50,8 +55,8 @@ constexpr int kMostTokens = kWidths[kWidthCount - 1];
 
 class Activations {
  public:
-  // `corrections` is a set of 1 << Correction. Keeps no reference to x.
-  Activations(ThreadPool& pool, const float* x, int64_t tokens, int64_t columns, bool floats, bool quantized, unsigned corrections);
+  // `inputs` is a set of Input, `corrections` of 1 << Correction. Keeps no reference to x.
+  Activations(ThreadPool& pool, const float* x, int64_t tokens, int64_t columns, unsigned inputs, unsigned corrections);
 
   int64_t tiles() const { return (tokens_ + kMostTokens - 1) / kMostTokens; }
   // Tokens of tile i, and the index in kWidths of the width they are padded to.
@@ -63,8 +68,7 @@ class Activations {
   void fill(const float* x, int64_t tile) const;
 
   int64_t tokens_, columns_, groups_;
-  bool floats_, quantized_;
-  unsigned corrections_;
+  unsigned inputs_, corrections_;
   int64_t token_bytes_;
   Buffer<uint8_t> memory_;
 };

@@ -16,6 +16,13 @@
 
 namespace puna::PUNA_ISA {
 
+// Whether bfloat16 weights are multiplied as such, with activations rounded to bfloat16.
+#if defined(__AVX512BF16__)
+constexpr bool kBfloat16Dot = true;
+#else
+constexpr bool kBfloat16Dot = false;
+#endif
+
 #if defined(__AVX512VNNI__)
 
 using Bytes = __m512i;
@@ -46,6 +53,21 @@ inline Vec load_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+
+#if defined(__AVX512BF16__)
+// A panel's bfloat16 of two inner values, 16 rows each, as 16 pairs; nothing is read of a second that is beyond `left`.
+inline Bytes pair_order() {
+  const __m512i rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_or_si512(rows, _mm512_slli_epi32(_mm512_add_epi32(rows, _mm512_set1_epi32(16)), 16));
+}
+inline Bytes load_pairs(const uint8_t* p, int64_t left, Bytes order) {
+  const Bytes rows = left > 1 ? load_bytes(p) : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_permutexvar_epi16(order, rows);
+}
+inline Vec add_pair_products(Vec sum, Bytes weights, uint32_t pair) {
+  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(weights), bit_cast<__m512bh>(_mm512_set1_epi32(int(pair))));
+}
+#endif
 
 template <Codes>
 struct Dot {

@@ -120,7 +120,7 @@ struct Kernels {
   X(read_memory) X(multiply_int8) X(multiply_float32)
 
 // The names of all tables, best first. dispatch.cpp says which of them a machine can run.
-constexpr const char* kInstructionSets[] = {"avx512", "avx2", "neon", "portable"};
+constexpr const char* kInstructionSets[] = {"avx512bf16", "avx512", "avx2", "neon", "portable"};
 constexpr int kInstructionSetCount = sizeof kInstructionSets / sizeof *kInstructionSets;
 // The table of that name; null where this machine can't run it.
 const Kernels* find_kernels(const char* name);

@@ -48,18 +48,17 @@ void store_tile(const LinearTarget& target, const float* tile, int64_t first_tok
 }  // namespace
 
 void linears(ThreadPool& pool, const float* x, int64_t tokens, int64_t columns, const LinearTarget* targets, int count) {
-  bool floats = false, quantized = false;
-  unsigned corrections = 0;
+  unsigned inputs = 0, corrections = 0;
   int64_t panels = 0, bytes = 0;
   for (int i = 0; i < count; i++) {
     const LinearType& type = find_type(targets[i].type);
-    (type.floats ? floats : quantized) = true;
+    inputs |= type.input;
     if (type.correction != kNoCorrection) corrections |= 1u << type.correction;
     panels += panels_of(targets[i]);
     bytes += panels_of(targets[i]) * panel_bytes(targets[i], columns);
   }
   if (tokens == 0 || panels == 0) return;
-  const Activations activations(pool, x, tokens, columns, floats, quantized, corrections);
+  const Activations activations(pool, x, tokens, columns, inputs, corrections);
 
   // Work items: all panels of all targets for the first block of tokens, then for the next.
   int64_t block = kBlockBytes / (columns * kMostTokens);  // in tiles

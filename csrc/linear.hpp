@@ -17,7 +17,7 @@ using TileKernel = void (*)(const uint8_t* panel, const Tile& tile, int64_t colu
 // What the driver needs to know of a type.
 struct LinearType {
   int type;
-  bool floats;
+  Input input;
   Correction correction;
   TileKernel kernels[kWidthCount];
 };
@@ -45,6 +45,10 @@ consteval Correction correction_of(PanelFormat f) {
       if (kSignedDot) return kNoCorrection;
       return f.scales == Scales::HalfGroup ? kHalfZero128 : kZero128;
   }
+}
+consteval Input input_of(PanelFormat f) {
+  if (f.scales != Scales::None) return kCodes;
+  return f.codes == Codes::BF16 && kBfloat16Dot ? kPairs : kFloats;
 }
 consteval bool has_halves(PanelFormat f) { return f.scales == Scales::HalfGroup || f.scales == Scales::HalfGroupMin; }
 consteval bool has_min(PanelFormat f) { return correction_of(f) == kSum || correction_of(f) == kHalfSum; }
@@ -221,8 +225,30 @@ inline void float_rows(const uint8_t* panel, const Tile& tile, int64_t columns, 
     for (int r = 0; r < R; r++) store(out + m * kPanelRows + row + r * kLanes, acc[m][r]);
 }
 
+#if defined(__AVX512BF16__)
+// One panel of bfloat16: two inner values at a time, each pair of products added to a row's float32 sum by one instruction.
+template <int W>
+inline void bfloat16_panel(const uint8_t* panel, const Tile& tile, int64_t columns, float* out) {
+  Vec acc[W];
+  PUNA_UNROLL
+  for (int m = 0; m < W; m++) acc[m] = zero();
+  const Bytes order = pair_order();
+  const uint32_t* pairs = tile.pairs;
+  for (int64_t k = 0; k < columns; k += 2, panel += 4 * kPanelRows, pairs += W) {
+    __builtin_prefetch(panel + kPrefetchBytes);
+    const Bytes w = load_pairs(panel, columns - k, order);
+    PUNA_UNROLL
+    for (int m = 0; m < W; m++) acc[m] = add_pair_products(acc[m], w, pairs[m]);
+  }
+  for (int m = 0; m < W; m++) store(out + m * kPanelRows, acc[m]);
+}
+#endif
+
 template <PanelFormat F, int W>
 void tile_kernel(const uint8_t* panel, const Tile& tile, int64_t columns, float* out) {
+#if defined(__AVX512BF16__)
+  if constexpr (input_of(F) == kPairs) return bfloat16_panel<W>(panel, tile, columns, out);
+#endif
   constexpr bool floats = F.scales == Scales::None;
   constexpr int R = row_vectors(W, floats);
   for (int row = 0; row < kPanelRows; row += R * kLanes) {
@@ -236,7 +262,7 @@ void tile_kernel(const uint8_t* panel, const Tile& tile, int64_t columns, float*
 
 template <PanelFormat F, size_t... I>
 constexpr LinearType linear_type(std::index_sequence<I...>) {
-  return {F.type, F.scales == Scales::None, correction_of(F), {tile_kernel<F, kWidths[I]>...}};
+  return {F.type, input_of(F), correction_of(F), {tile_kernel<F, kWidths[I]>...}};
 }
 
 // The entries of some types, for the find_ functions.

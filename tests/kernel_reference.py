@@ -63,6 +63,19 @@ def quantized(x: np.ndarray) -> np.ndarray:
     return (codes.astype(np.float64) * (largest / np.float32(127))).reshape(x.shape)
 
 
+def as_bfloat16(x: np.ndarray) -> np.ndarray:
+    return gguf.quants.dequantize(
+        gguf.quants.quantize(x, gguf.GGMLQuantizationType.BF16), gguf.GGMLQuantizationType.BF16
+    )
+
+
+def as_multiplied(x: np.ndarray, name: str, isa: str) -> np.ndarray:
+    """Activations as the kernels of a weight type see them; float64."""
+    if name == "BF16" and isa == "avx512bf16":
+        return as_bfloat16(x).astype(np.float64)
+    return x.astype(np.float64) if name in FLOATS else quantized(x)
+
+
 def block_of(name: str) -> int:
     return 1 if name in FLOATS else QUANT_TYPES[name].block_size
 

@@ -11,7 +11,7 @@ import puna
 
 PACKAGE = Path(puna.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "plots"},
     {"config"},
     {"catalog"},
     {"tensor"},
@@ -21,7 +21,8 @@ LAYERS = [
     {"model"},
     {"engine", "chat", "store"},
     {"llm"},
-    {"server", "quantize", "evaluate", "train"},
+    {"quantize", "evaluate", "train"},
+    {"server"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -88,7 +89,7 @@ def test_the_model_sees_only_the_protocol_of_ops() -> None:
             assert not module.startswith("puna.ops") or module == "puna.ops.protocol", f"{path.name} imports {module}"
 
 
-@pytest.mark.parametrize("module", ["puna.llm", "puna.cli.main", "puna.server.app"])
+@pytest.mark.parametrize("module", ["puna.llm", "puna.cli.main", "puna.server.app", "puna.train.runs"])
 def test_importing_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

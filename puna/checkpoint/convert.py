@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
-from puna.checkpoint.checkpoint import open_checkpoint, save_checkpoint
+from puna.checkpoint.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from puna.errors import CheckpointError
 from puna.tensor import Weight
 
@@ -32,9 +32,25 @@ def convert(
     Raises CheckpointError when the destination exists and ``overwrite`` is false.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
-    format_name = format_name or ("gguf" if destination.suffix == ".gguf" else "safetensors")
     check_destination(source, destination, overwrite)
     checkpoint = open_checkpoint(source)
+    convert_checkpoint(checkpoint, source, destination, format_name, weight_type, progress, overwrite, check)
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    source: Path,
+    destination: Path,
+    format_name: str | None = None,
+    weight_type: str | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """As ``convert``, of a model that is open; ``source`` is where its files lie, which are not overwritten."""
+    destination = destination.expanduser()
+    format_name = format_name or ("gguf" if destination.suffix == ".gguf" else "safetensors")
+    check_destination(source, destination, overwrite)
     if progress:
         checkpoint = replace(checkpoint, tensors=_Watched(checkpoint.tensors, progress))
     put(destination, lambda path: save_checkpoint(checkpoint, path, format_name, weight_type), check)

@@ -24,7 +24,6 @@ from puna.config import ModelConfig, llama3_factors
 from puna.errors import CheckpointError
 from puna.gguf_file import MAGIC, GGUFFile, read_gguf
 from puna.tensor import QuantType, Weight, quant_type
-from puna.tensor.mapped import drop_mapped_pages
 from puna.tokenizer import Tokenizer
 from puna.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 
@@ -32,7 +31,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 NO_TOKENIZER = "no_vocab"
 MAX_ROPE_FACTORS = 1 << 16
 _UNUSED_TOKEN = 5  # token_type of a place in the vocabulary that no token fills
-_NOT_DESCRIPTION = ("architecture", "alignment", "quantization_version", "file_type", "type")
+_NOT_DESCRIPTION = ("architecture", "alignment", "quantization_version", "file_type", "type", "quantization")
 
 
 class GGUFFormat:
@@ -105,10 +104,7 @@ class GGUFTensors(Mapping[str, Weight]):
         weight = self._checkpoint.tensors[self._sources[name]]
         if weight.shape != self._expected[weight.name]:
             check_tensors(config, self._expected | {weight.name: weight.shape}, "the model to be written")
-        ordered = to_interleaved(weight, config)
-        if ordered is not weight:
-            drop_mapped_pages(weight.data)
-        return ordered
+        return to_interleaved(weight, config)
 
     def type(self, name: str) -> QuantType:
         """The type that a tensor has now."""
@@ -172,11 +168,7 @@ class _HalfSplitTensors(Mapping[str, Weight]):
         self._config = config
 
     def __getitem__(self, name: str) -> Weight:
-        weight = self._weights[name]
-        ordered = to_half_split(weight, self._config)
-        if ordered is not weight:  # a copy, so the file's pages need not stay in memory too
-            drop_mapped_pages(weight.data)
-        return ordered
+        return to_half_split(self._weights[name], self._config)
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights

@@ -46,6 +46,7 @@ class SafetensorsFormat:
         config = _with_generation_config(folder, ModelConfig.from_hf(raw))
         stored = _canonical(path, config, _read_tensors(path))
         tensors: Mapping[str, Weight]
+        description = {"name": folder.resolve().name}
         if raw.get("quantization_config") is None:
             tensors = {name: tensor.weight() for name, tensor in stored.items()}
             shapes = {name: weight.shape for name, weight in tensors.items()}
@@ -54,13 +55,14 @@ class SafetensorsFormat:
                 str(config_path), raw["quantization_config"], stored, config.attention_bias or config.mlp_bias
             )
             shapes = tensors.shapes
+            description["quantization"] = tensors.title
         check_tensors(config, shapes, str(path))
         return Checkpoint(
             config=config,
             tensors=tensors,
             read_tokenizer=partial(_read_tokenizer, folder),
             chat_template=_chat_template(folder),
-            description={"name": folder.resolve().name},
+            description=description,
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, weight_type: str | None) -> None:

@@ -1,7 +1,7 @@
 """LoRA adapters, as PEFT's folders and as GGUF files: read into the low-rank changes of one model's matrices.
 
-Sources: Hu et al. 2021; Kalajdzievski 2023 (rank-stabilised scaling); PEFT's ``LoraConfig`` and checkpoint format; the
-GGUF specification ("adapter") and llama.cpp's ``llama-adapter.cpp``.
+Sources: Hu et al. 2021; Kalajdzievski 2023 (rank-stabilised scaling); Liu et al. 2024 (DoRA); PEFT's ``LoraConfig`` and
+checkpoint format; the GGUF specification ("adapter") and llama.cpp's ``llama-adapter.cpp``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ MAX_NUMBER = 1e6  # of alpha and the scale
 
 # Fields of PEFT's configuration that, when set, make the adapter something else than scale · B · A.
 _OTHER_METHODS = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "alora_invocation_tokens": "activated LoRA",
@@ -43,20 +42,33 @@ _OTHER_METHODS = {
 }
 # Ways of starting the training that leave the model's own weights as they are; others (PiSSA, OLoRA, …) change those.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-_PEFT_TENSOR = re.compile(r"base_model\.model\.(.{1,150})\.lora_([AB])\.weight")
+_PEFT_TENSOR = re.compile(
+    r"base_model\.model\.(.{1,150})\.(?:lora_([AB])\.weight|lora_(magnitude)_vector(?:\.weight)?)"
+)
 _GGUF_TENSOR = re.compile(r"(.{1,150})\.lora_([ab])")
 _PLAIN_KEY = re.compile(r"\^?[\w.]+")
 
-# The matrices of a change by "a" and "b", as far as they were found.
-Pair = dict[str, Weight]
+# The matrices of a change by "a" and "b", and DoRA's "magnitude", as far as they were found.
+Parts = dict[str, Weight]
 
 
 def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
-    """Read a LoRA adapter for a model of this configuration: a folder that PEFT saved, or a GGUF file.
+    """Read a LoRA adapter to be used beside a model of this configuration: a folder that PEFT saved, or a GGUF file.
 
     Raises CheckpointError when it is neither, is damaged, was made for another model, or is more than plain LoRA on the
     linear layers.
     """
+    adapter = read_mergeable_adapter(path, config)
+    if adapter.magnitudes:
+        raise CheckpointError(
+            f"{path}: the adapter uses DoRA, which is no low-rank change and can't be used beside a model; "
+            "`puna merge MODEL ADAPTER DESTINATION` makes one model of both"
+        )
+    return adapter
+
+
+def read_mergeable_adapter(path: str | Path, config: ModelConfig) -> Adapter:
+    """As ``read_adapter``; DoRA is read too."""
     path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
@@ -83,15 +95,15 @@ def _read_peft(folder: Path, config: ModelConfig) -> Adapter:
                 "save it again with save_pretrained"
             )
         raise CheckpointError(f"{weights_path} is missing; fetch the rest of the adapter")
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, Parts] = {}
     for tensor, weight in read_safetensors(weights_path).items():
         found = _PEFT_TENSOR.fullmatch(tensor)
         if found is None:
             raise CheckpointError(f"{weights_path}: tensor {shown(tensor)} is not of a LoRA on a linear layer")
-        module, side = found.groups()
+        module, side, magnitude = found.groups()
         if not module.startswith(("model.", "lm_head")):  # trained on the bare LlamaModel
             module = f"model.{module}"
-        pairs.setdefault(f"{module}.weight", {})[side.lower()] = weight
+        pairs.setdefault(f"{module}.weight", {})[magnitude or side.lower()] = weight
     alpha = _number(config_path, "lora_alpha", raw.get("lora_alpha", 8))
     alphas = _alpha_pattern(config_path, raw.get("alpha_pattern"))
     stable = bool(raw.get("use_rslora"))
@@ -101,7 +113,7 @@ def _read_peft(folder: Path, config: ModelConfig) -> Adapter:
         own = next((value for matches, value in alphas if matches(module)), alpha)
         return own / rank**0.5 if stable else own / rank
 
-    return _adapter(str(weights_path), config, pairs, scale)
+    return _adapter(str(weights_path), config, pairs, scale, dora=bool(raw.get("use_dora")))
 
 
 def _check_method(path: Path, raw: Mapping[str, Any]) -> None:
@@ -151,7 +163,7 @@ def _read_gguf(path: Path, config: ModelConfig) -> Adapter:
     if file.metadata.get("adapter.alora.invocation_tokens"):
         raise CheckpointError(f"{path}: the adapter uses activated LoRA, which is not supported; only plain LoRA is")
     alpha = _number(path, "adapter.lora.alpha", file.metadata.get("adapter.lora.alpha"))
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, Parts] = {}
     for tensor, weight in file.tensors.items():
         match = _GGUF_TENSOR.fullmatch(tensor)
         name = hf_name_from_gguf(match[1]) if match else None
@@ -172,13 +184,18 @@ def _half_split(config: ModelConfig, name: str, change: LowRank) -> LowRank:
 
 
 def _adapter(
-    source: str, config: ModelConfig, pairs: Mapping[str, Pair], scale: Callable[[str, int], float]
+    source: str,
+    config: ModelConfig,
+    pairs: Mapping[str, Parts],
+    scale: Callable[[str, int], float],
+    *,
+    dora: bool = False,
 ) -> Adapter:
     """Check the pairs (by Hugging Face names) against the model, and read them."""
     shapes = hf_names(config)
     if not pairs:
         raise CheckpointError(f"{source}: the adapter changes nothing; expected tensors lora_A and lora_B")
-    changes = {}
+    changes, magnitudes = {}, {}
     for name, pair in pairs.items():
         module = name.removesuffix(".weight")
         if module in ("model.embed_tokens", "lm_head"):
@@ -201,7 +218,15 @@ def _adapter(
         _check_shape(source, f"lora_B of {module}", b.shape, (shape[0], rank))
         factor = scale(name, rank)
         changes[name] = LowRank(_numbers(source, module, a), _numbers(source, module, b), factor)
-    return Adapter(changes)
+        if dora != ("magnitude" in pair):
+            problem = (
+                "lacks lora_magnitude_vector, which DoRA has" if dora else "has a lora_magnitude_vector without DoRA"
+            )
+            raise CheckpointError(f"{source}: {module} {problem} (use_dora in {CONFIG_NAME})")
+        if dora:
+            _check_shape(source, f"lora_magnitude_vector of {module}", pair["magnitude"].shape, shape[:1])
+            magnitudes[name] = _numbers(source, module, pair["magnitude"])
+    return Adapter(changes, magnitudes)
 
 
 def _check_shape(source: str, what: str, found: Iterable[int], expected: tuple[int, ...]) -> None:

@@ -20,10 +20,14 @@ from puna.checkpoint.gguf_writer import write_gguf
 from puna.checkpoint.json_file import write_json
 from puna.checkpoint.lora import CONFIG_NAME, WEIGHTS_NAME
 from puna.checkpoint.names import gguf_name, hf_names, interleaved_order, rotary_heads
+from puna.checkpoint.recode import float_type
 from puna.checkpoint.safetensors import write_safetensors
 from puna.config import ModelConfig
 from puna.errors import CheckpointError
-from puna.tensor import Adapter, LowRank, Weight
+from puna.tensor import Adapter, DeferredWeight, Weight, quant_type
+from puna.tensor.mapped import drop_mapped_pages
+
+_NUMBERS_AT_ONCE = 1 << 22
 
 
 def write_peft(
@@ -100,24 +104,44 @@ def write_gguf_adapter(path: str | Path, adapter: Adapter, config: ModelConfig) 
     write_gguf(Path(path).expanduser(), metadata, shapes, lambda name: (weights[name].type, [weights[name].data]))
 
 
-def merge(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The model with W + scale · B · A in place of every matrix that the adapter changes.
+def merge(checkpoint: Checkpoint, adapter: Adapter, *, keep_types: bool = False) -> Checkpoint:
+    """The model with W + scale · B · A in place of every matrix that the adapter changes, and DoRA's rows scaled.
 
-    Each sum is computed in float32 when it is read, and stays so until it is saved; other tensors remain as they are.
+    Each is computed in float32 when it is read, and stays so, or with ``keep_types`` becomes what the matrix was, F16
+    where that is quantized. Other tensors remain as they are.
     """
-    return replace(checkpoint, tensors=_Merged(checkpoint.tensors, adapter.changes))
+    return replace(checkpoint, tensors=_Merged(checkpoint.tensors, adapter, keep_types))
 
 
 class _Merged(Mapping[str, Weight]):
-    def __init__(self, tensors: Mapping[str, Weight], changes: Mapping[str, LowRank]) -> None:
-        self._tensors, self._changes = tensors, changes
+    def __init__(self, tensors: Mapping[str, Weight], adapter: Adapter, keep_types: bool) -> None:
+        self._tensors, self._adapter, self._keep_types = tensors, adapter, keep_types
 
     def __getitem__(self, name: str) -> Weight:
         weight = self._tensors[name]
-        change = self._changes.get(name)
-        if change is None:
+        if name not in self._adapter.changes:
             return weight
-        return Weight.from_array(name, weight.dequantize() + np.float32(change.scale) * (change.b @ change.a))
+        kind = float_type(weight, None) if self._keep_types else quant_type("F32")
+        return DeferredWeight(name, weight.shape, kind, lambda: kind.encode(self._sum(name, weight)))
+
+    def _sum(self, name: str, weight: Weight) -> NDArray[np.float32]:
+        change = self._adapter.changes[name]
+        values = np.empty(weight.shape, np.float32)
+        b = change.b * np.float32(change.scale)
+        step = max(1, _NUMBERS_AT_ONCE // weight.shape[1])
+        for start in range(0, len(values), step):
+            rows = slice(start, start + step)
+            values[rows] = weight.take_rows(rows).dequantize() + b[rows] @ change.a
+        drop_mapped_pages(weight.data)
+        if (magnitude := self._adapter.magnitudes.get(name)) is not None:
+            lengths = np.sqrt(np.einsum("ij,ij->i", values, values))
+            values *= (magnitude / np.where(lengths == 0, 1, lengths))[:, None]
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{name} with the adapter's change holds numbers that are not finite; one is damaged")
+        return values
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from puna.config import ModelConfig
 from puna.errors import CheckpointError
-from puna.tensor import Weight
+from puna.tensor import DeferredWeight, Weight
+from puna.tensor.mapped import drop_mapped_pages
 
 # Hugging Face, GGUF, Meta; without the ending ".weight" or ".bias".
 _OUTER = (
@@ -140,13 +141,24 @@ def rotary_heads(config: ModelConfig, hf: str) -> int | None:
 def to_half_split(weight: Weight, config: ModelConfig) -> Weight:
     """A weight under its Hugging Face name, from Meta's and GGUF's row order to Hugging Face's; most need no change."""
     heads = rotary_heads(config, weight.name)
-    return weight if heads is None else weight.take_rows(half_split_order(heads, config.head_dim))
+    return weight if heads is None else _in_order(weight, half_split_order(heads, config.head_dim))
 
 
 def to_interleaved(weight: Weight, config: ModelConfig) -> Weight:
     """The inverse of to_half_split."""
     heads = rotary_heads(config, weight.name)
-    return weight if heads is None else weight.take_rows(interleaved_order(heads, config.head_dim))
+    return weight if heads is None else _in_order(weight, interleaved_order(heads, config.head_dim))
+
+
+def _in_order(weight: Weight, order: NDArray[np.intp]) -> Weight:
+    """A copy, made when it is needed; so a file's pages need not stay in memory too."""
+
+    def reordered() -> NDArray[np.uint8]:
+        data = weight.take_rows(order).data
+        drop_mapped_pages(weight.data)
+        return data
+
+    return DeferredWeight(weight.name, weight.shape, weight.type, reordered)
 
 
 def _table(source: int, target: int) -> dict[str, str]:

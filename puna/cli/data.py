@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from puna.cli.options import json_option
+from puna.cli.options import json_option, row_options
+from puna.cli.preview import example_preview, print_example, printable
 from puna.errors import DataError
 
 if TYPE_CHECKING:
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from puna.train.data.dataset import Dataset, Scan
-    from puna.train.data.render import Renderer
 
 _SHOWN = 20  # bad rows, and groups of duplicates
-_STRETCH = 600  # characters of one stretch of text in the preview
 _BAR = 40
 
 
@@ -28,30 +26,11 @@ def data() -> None:
     """Look at training data."""
 
 
-def _columns(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    columns = {}
-    for value in values:
-        field, equals, source = value.partition("=")
-        if not (field and equals and source):
-            raise click.BadParameter(f"{value!r} is not FIELD=COLUMN, such as output=response", context, parameter)
-        columns[field] = source
-    return columns
-
-
 @data.command()
 @click.argument("file")
 @click.option("--model", help="Render the rows for this model: tokens, template, loss mask.")
-@click.option("--format", "form", help="The rows' format (default: told from the first rows).")
-@click.option("--column", "columns", multiple=True, callback=_columns, metavar="FIELD=COLUMN", help="Rename a field.")
-@click.option(
-    "--train-on",
-    type=click.Choice(["assistant", "last", "everything"]),
-    default="assistant",
-    show_default=True,
-    help="Which messages are learnt.",
-)
+@row_options
 @click.option("--length", type=click.IntRange(2), help="Count the documents that are longer, in tokens.")
-@click.option("--skip-bad", type=click.IntRange(0), default=0, metavar="N", help="Accept up to N bad rows.")
 @click.option("--preview", type=click.IntRange(0), default=1, show_default=True, help="Examples to show.")
 @json_option
 def check(
@@ -79,7 +58,7 @@ def check(
     scan = dataset.scan(renderer)
     report = _report(dataset, scan, length)
     if renderer is not None:
-        report["preview"] = [_preview(renderer, dataset, int(number)) for number in scan.good[:preview]]
+        report["preview"] = [example_preview(renderer, dataset, int(number)) for number in scan.good[:preview]]
     if as_json:
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
@@ -136,19 +115,6 @@ def _histogram(lengths: NDArray[np.int32]) -> list[dict[str, int]]:
     return [{"up_to": 2**step, "documents": int((steps == step).sum())} for step in range(first, last + 1)]
 
 
-def _preview(renderer: Renderer, dataset: Dataset, number: int) -> dict[str, Any]:
-    """An example's documents, as stretches of text that are trained or not."""
-    documents = []
-    for document in renderer.documents(dataset[number]):
-        stretches = []
-        tokens = zip(document.ids.tolist(), document.trained.tolist(), strict=True)
-        for trained, group in groupby(tokens, key=lambda token: token[1]):
-            text = b"".join(renderer.tokenizer.token_bytes(token) for token, _ in group).decode("utf-8", "replace")
-            stretches.append({"trained": trained, "text": text})
-        documents.append(stretches)
-    return {"row": dataset.where(number), "documents": documents}
-
-
 def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.text import Text
@@ -156,7 +122,7 @@ def _print(report: dict[str, Any]) -> None:
     console = Console(highlight=False)
 
     def show(text: str, style: str = "") -> None:
-        console.print(Text(_printable(text), style), soft_wrap=True)
+        console.print(Text(printable(text), style), soft_wrap=True)
 
     show(f"{report['file']}: {report['usable']:,} of {report['rows']:,} rows can be used (format {report['format']})")
     for error in report["errors"][:_SHOWN]:
@@ -170,12 +136,7 @@ def _print(report: dict[str, Any]) -> None:
     if "tokens" in report:
         _print_lengths(report, show)
     for example in report.get("preview", []):
-        for document in example["documents"]:
-            show(f"\n{example['row']}, with what is learnt underlined:", "bold")
-            shown = Text()
-            for stretch in document:
-                shown.append(_short(_printable(stretch["text"])), "underline green" if stretch["trained"] else "dim")
-            console.print(shown, soft_wrap=True)
+        print_example(console, example)
 
 
 def _print_lengths(report: dict[str, Any], show: Any) -> None:
@@ -192,13 +153,3 @@ def _print_lengths(report: dict[str, Any], show: Any) -> None:
             show(f"  up to {step['up_to']:>7,}  {step['documents']:>9,}  {bar}")
     if "longer" in report:
         show(f"{report['longer']['documents']:,} documents are longer than {report['longer']['than']:,} tokens")
-
-
-def _printable(text: str) -> str:
-    """Data must not drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
-
-
-def _short(text: str) -> str:
-    half = _STRETCH // 2
-    return text if len(text) <= _STRETCH else f"{text[:half]} […] {text[-half:]}"

@@ -28,7 +28,11 @@ COMMANDS: dict[str, str] = {
     "pack": "puna.cli.pack:pack",
     "convert": "puna.cli.convert:convert",
     "data": "puna.cli.data:data",
+    "finetune": "puna.cli.finetune:finetune",
+    "train": "puna.cli.train:train",
+    "runs": "puna.cli.runs:runs",
     "quantize": "puna.cli.quantize:quantize",
+    "merge": "puna.cli.merge:merge",
     "compare": "puna.cli.compare_models:compare_models",
     "bench": "puna.cli.bench:bench",
     "doctor": "puna.cli.doctor:doctor",
@@ -52,7 +56,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(puna.__version__, "-v", "--version", prog_name="puna")
 def cli() -> None:
-    """Run, serve, inspect, convert and quantize models of the Llama family on this machine."""
+    """Run, serve, inspect, convert, quantize and fine-tune models of the Llama family on this machine."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -72,6 +72,41 @@ def prefix_cache_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--cache-dir", help="A private folder that keeps computed prompts for the next run.")(function)
 
 
+def _parse_columns(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    columns = {}
+    for value in values:
+        field, equals, source = value.partition("=")
+        if not (field and equals and source):
+            raise click.BadParameter(f"{value!r} is not FIELD=COLUMN, such as output=response", context, parameter)
+        columns[field] = source
+    return columns
+
+
+def row_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what says how rows of training data are read."""
+    for option in (
+        click.option("--skip-bad", type=click.IntRange(0), default=0, metavar="N", help="Accept up to N bad rows."),
+        click.option(
+            "--train-on",
+            type=click.Choice(["assistant", "last", "everything"]),
+            default="assistant",
+            show_default=True,
+            help="Which messages are learnt.",
+        ),
+        click.option(
+            "--column",
+            "columns",
+            multiple=True,
+            callback=_parse_columns,
+            metavar="FIELD=COLUMN",
+            help="Rename a field.",
+        ),
+        click.option("--format", "form", help="The rows' format (default: told from the first rows)."),
+    ):
+        function = option(function)
+    return function
+
+
 # Option name, SamplingParams field, type, help. Names are ollama's where it has one.
 SAMPLING: list[tuple[str, str, Any, str]] = [
     ("--temperature", "temperature", click.FloatRange(0), "0: always the most probable token."),

@@ -1,4 +1,4 @@
-"""``puna quantize``: a model in fewer bits, as a GGUF file."""
+"""``puna quantize``: a model in fewer bits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from puna.cli.fidelity import html_option, keep_report, make_review, report_options
-from puna.cli.options import json_option, parse_size, threads_option
+from puna.cli.fidelity import Deriving, deriving_options
+from puna.cli.options import json_option, parse_size
 from puna.cli.progress import human_bytes
+from puna.cli.quantize_into import is_store_name, quantize_into_file, quantize_into_store
 
 _file = click.Path(path_type=Path)
 
@@ -40,13 +41,30 @@ def _parse_fit(context: click.Context, parameter: click.Parameter, value: str | 
     type=click.Choice(["compressed-tensors", "gptq", "awq"]),
     help="INT4, GPTQ, AWQ: whose layout the folder has (by default the method's own).",
 )
-@click.option("--requantize", is_flag=True, help="Accept a SOURCE that is quantized already, and its further loss.")
 @click.option(
-    "--force", is_flag=True, help="Replace the destination if it exists; keep the result whatever its report says."
+    "--act-order/--no-act-order", default=True, show_default=True, help="GPTQ: columns of the largest inputs first."
 )
-@report_options(default=True)
-@html_option
-@threads_option
+@click.option(
+    "--static-groups/--no-static-groups",
+    default=True,
+    show_default=True,
+    help="GPTQ: groups stay runs of columns, whatever their order (desc_act is false then).",
+)
+@click.option(
+    "--true-sequential/--no-true-sequential",
+    default=True,
+    show_default=True,
+    help="GPTQ: each linear sees what the quantized ones before it in its layer make.",
+)
+@click.option(
+    "--zero-points",
+    type=click.Choice(["v1", "v2"]),
+    default="v1",
+    show_default=True,
+    help="Layout gptq: stored one less, as all loaders read them, or as they are.",
+)
+@click.option("--requantize", is_flag=True, help="Accept a SOURCE that is quantized already, and its further loss.")
+@deriving_options(report=True)
 @json_option
 def quantize(
     source: str,
@@ -62,24 +80,28 @@ def quantize(
     group_size: int,
     symmetric: bool,
     layout: str | None,
+    act_order: bool,
+    static_groups: bool,
+    true_sequential: bool,
+    zero_points: str,
     requantize: bool,
-    force: bool,
-    report: bool,
-    max_drift: float | None,
-    html: Path | None,
-    threads: int | None,
+    deriving: Deriving,
     as_json: bool,
 ) -> None:
-    """Quantize SOURCE (a stored model, .gguf file or checkpoint folder) to the file DESTINATION.gguf.
+    """Quantize SOURCE (a stored model, .gguf file or checkpoint folder) to DESTINATION: a .gguf file, or a name in the
+    store.
 
     One of --type, --fit and --max-kl says how far. When it is cut off, the same command continues. With --type INT8,
-    INT4, NF4, FP8, GPTQ or AWQ, DESTINATION is a Hugging Face folder instead (docs/hf-quantized.md).
+    INT4, NF4, FP8, GPTQ, AWQ or W8A8, DESTINATION is a Hugging Face folder instead (docs/hf-quantized.md).
     """
-    from rich.console import Console
-    from rich.progress import Progress, TimeRemainingColumn
-
-    from puna.quantize import METHODS, FolderSettings, QuantizeSettings, quantize_to_folder
-    from puna.quantize import quantize as quantize_model
+    from puna.quantize import (
+        METHODS,
+        FolderSettings,
+        Quantized,
+        QuantizedFolder,
+        QuantizeSettings,
+        quantize_to_folder,
+    )
 
     settings = QuantizeSettings(
         mix=mix,
@@ -91,46 +113,42 @@ def quantize(
         tensor_types=tensor_types,
         head=head,
         requantize=requantize,
-        overwrite=force,
+        overwrite=deriving.force,
     )
-    console = Console(stderr=True)
-    with Progress(
-        *Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bars:
-        task = bars.add_task("reading", total=None)
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            bars.update(task, description=what, completed=done, total=total)
-
-        review = make_review(
-            source,
-            destination,
-            report=report,
-            html=html,
-            force=force,
-            max_drift=max_drift,
-            threads=threads,
-            progress=on_progress,
+    result: Quantized | QuantizedFolder
+    if mix is not None and mix.lower() in METHODS:
+        if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
+            raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
+        folder = FolderSettings(
+            mix.lower(),
+            group_size,
+            symmetric,
+            act_order,
+            static_groups,
+            true_sequential,
+            layout,
+            zero_points,
+            requantize,
         )
-        result = None
-        if mix is not None and mix.lower() in METHODS:
-            if fit or max_kl or imatrix or save_imatrix or tensor_types or head:
-                raise click.UsageError(f"--type {mix} writes a folder of one type; only --calibrate goes with it")
-            folder = FolderSettings(mix.lower(), group_size, symmetric, layout=layout, requantize=requantize)
-            quantize_to_folder(source, destination, folder, calibrate, force, on_progress, check=review)
-        else:
-            result = quantize_model(source, destination, settings, threads, on_progress, check=review)
-    kept = keep_report(review, destination, html)
+        with deriving.watched(source, destination) as (progress, review):
+            result = quantize_to_folder(source, destination, folder, calibrate, deriving.force, progress, check=review)
+        kept = deriving.keep(review, destination)
+    elif is_store_name(destination):
+        result, kept = quantize_into_store(source, str(destination), settings, deriving)
+    else:
+        result, kept = quantize_into_file(source, destination, settings, deriving)
     if as_json:
-        facts = result.as_json() if result else {"path": str(destination)}
-        click.echo(json.dumps(facts | {"report": kept.as_json() if kept else None}, indent=2, ensure_ascii=False))
+        facts = result.as_json() | {"report": kept.as_json() if kept else None}
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    if result is None:
-        return
-    for note in result.notes:
-        click.echo(f"Note: {note}", err=True)
-    measured = "" if result.divergence is None else f", KL {result.divergence:.5f} on the calibration text"
-    continued = f"; {result.continued} tensors were there already" if result.continued else ""
+    measured, steps = "", "layers"
+    if isinstance(result, Quantized):
+        steps = "tensors"
+        for note in result.notes:
+            click.echo(f"Note: {note}", err=True)
+        if result.divergence is not None:
+            measured = f", KL {result.divergence:.5f} on the calibration text"
+    continued = f"; {result.continued} {steps} were there already" if result.continued else ""
     click.echo(
         f"wrote {destination}: {human_bytes(result.size)}, {result.bits_per_weight:.2f} bits per weight{measured}, "
         f"in {result.seconds:.1f} s{continued}",

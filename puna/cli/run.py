@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from puna.llm import Chunk
 
 _HERE_ONLY = (
-    *("threads", "ops", "kv_type", "speculative", "draft_model", "packed", "cache_dir", "cache_size"),
+    *("threads", "ops", "kv_type", "speculative", "draft_model", "no_packed", "packed", "cache_dir", "cache_size"),
     *("adapter", "explain_prompt"),
 )
 
@@ -50,7 +50,8 @@ _HERE_ONLY = (
 @ops_option
 @kv_type_option
 @speculative_options
-@click.option("--no-packed", "packed", flag_value=False, default=True, help="Ignore the model's packed file.")
+@click.option("--no-packed", is_flag=True, help="Ignore the model's packed file.")
+@click.option("--packed", type=click.Path(dir_okay=False), help="Start from this packed file (puna pack --out).")
 @prefix_cache_options
 @host_option
 @json_option
@@ -69,7 +70,8 @@ def run(
     kv_type: str | None,
     speculative: str | None,
     draft_model: str | None,
-    packed: bool,
+    no_packed: bool,
+    packed: str | None,
     cache_dir: str | None,
     cache_size: int,
     host: str | None,
@@ -84,6 +86,8 @@ def run(
     """
     from puna.cli.remote import server_url
 
+    if packed and no_packed:
+        raise click.UsageError("--packed and --no-packed contradict each other; leave out one of them")
     text = _with_piped_input(" ".join(prompt))
     if text is None and not _on_a_terminal():
         raise click.UsageError("there is no prompt, and no terminal to chat on")
@@ -106,7 +110,7 @@ def run(
             kv_type=kv_type,
             speculative=speculative,
             draft_model=draft_model if name == model else None,  # it has this model's vocabulary
-            packed=packed,
+            packed=(packed if name == model else None) or not no_packed,
             cache_dir=cache_dir,
             cache_size=cache_size,
         )
@@ -171,7 +175,7 @@ def _refuse_here_only(url: str) -> None:
     for name in _HERE_ONLY:
         source = click.get_current_context().get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            flag = "--no-packed" if name == "packed" else f"--{name.replace('_', '-')}"
+            flag = f"--{name.replace('_', '-')}"
             raise click.UsageError(f"{flag} has no meaning for the server at {url}; remove it, or --host and PUNA_HOST")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any
 
 import click
@@ -44,6 +43,7 @@ def show(model: str, part: str | None, modelfile: bool, as_json: bool) -> None:
 def model_facts(model: str) -> dict[str, Any]:
     """Everything there is to say about a model, as JSON values by section."""
     from puna.checkpoint import open_checkpoint
+    from puna.evaluate.sides import stored_bytes, tensor_types
     from puna.evaluate.store import load_report
     from puna.model.shapes import flops_per_token, kv_bytes_per_token, parameter_count
     from puna.store import resolve
@@ -52,11 +52,7 @@ def model_facts(model: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(found.path)
     config, manifest = checkpoint.config, found.manifest
     report = load_report(found, checkpoint)
-    types = Counter[str]()
-    total_bytes = 0
-    for weight in checkpoint.tensors.values():
-        types[weight.type.name] += 1
-        total_bytes += weight.nbytes
+    total_bytes = stored_bytes(found.path, checkpoint)
     parameters = parameter_count(config)
     scaling = config.rope_scaling
     return {
@@ -69,7 +65,8 @@ def model_facts(model: str) -> dict[str, Any]:
             "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value of {config.head_dim}",
             "vocabulary": config.vocab_size,
             "rope": f"theta {config.rope_theta:g}" + (f", {scaling.rope_type} × {scaling.factor:g}" if scaling else ""),
-            "types": ", ".join(f"{name} × {count}" for name, count in types.most_common()),
+            "types": ", ".join(f"{name} × {count}" for name, count in tensor_types(checkpoint).items()),
+            "quantization": checkpoint.description.get("quantization"),
             "bits per weight": round(8 * total_bytes / parameters, 2),
             "cache per token": f"{human_bytes(kv_bytes_per_token(config))} at 16 bits",
             "operations per token": f"{flops_per_token(config, 1) / 1e9:.2f} GFLOP",

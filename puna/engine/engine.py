@@ -142,6 +142,11 @@ class Engine:
         """The adapters that requests may name."""
         return self._adapters.by_name
 
+    @property
+    def adapted_model(self) -> RunnableModel:
+        """The model that knows the loaded adapters by their numbers (Batch.adapters)."""
+        return self._adapters.model
+
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         """Let requests name an adapter of this model. Requests that run are not disturbed.
 

@@ -22,7 +22,6 @@ from puna.evaluate.sides import (
 )
 from puna.evaluate.statistics import LayerErrors, Predictions, compare_logits, perplexity, quantiles
 from puna.evaluate.tape import Tape
-from puna.llm.identity import model_identity
 from puna.ops.protocol import Ops
 from puna.tokenizer import Tokenizer
 
@@ -53,10 +52,10 @@ def compare(
     cut = cut_windows(source.tokenizer, content, min(WINDOW, context), windows, name)
     first = len(cut[0]) // 2
     predictions, layers = [], LayerErrors()
-    same_shape = _state_shape(source) == _state_shape(derived)
+    same_shape = _state_shape(source) == _state_shape(derived) is not None
     speeds, total = [], 2 * len(cut)
     with Tape() as tape:
-        probe = Probe(source.name, source.checkpoint, ops)
+        probe = Probe(source.name, source.checkpoint, ops, source.adapter)
         for number, window in enumerate(cut):
             tell(f"running {source.name}", number, total)
             trace = probe.run(window, first)
@@ -66,7 +65,7 @@ def compare(
         speeds.append(probe.decode_speed(cut[0][:DECODE_PROMPT]))
         del probe, trace
         tape.rewind()
-        probe = Probe(derived.name, derived.checkpoint, ops)
+        probe = Probe(derived.name, derived.checkpoint, ops, derived.adapter)
         for number, window in enumerate(cut):
             tell(f"running {derived.name}", len(cut) + number, total)
             trace = probe.run(window, first)
@@ -78,7 +77,7 @@ def compare(
     joined = Predictions.join(predictions)
     return Report(
         created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        source_identity=model_identity(source.found),
+        source_identity=source.identity,
         source=_facts(source, perplexity(joined.source_nll), speeds[0]),
         derived=_facts(derived, perplexity(joined.derived_nll), speeds[1]),
         text=TextFacts(name, sha256(content.encode()).hexdigest(), len(cut), len(cut[0]), len(joined.kl)),
@@ -134,5 +133,8 @@ def _facts(side: Side, measured_perplexity: float, speed: float) -> ModelFacts:
     )
 
 
-def _state_shape(side: Side) -> tuple[int, int]:
+def _state_shape(side: Side) -> tuple[int, int] | None:
+    """None where states are not shown: with an adapter beside the model."""
+    if side.adapter is not None and not side.adapter.magnitudes:
+        return None
     return side.checkpoint.config.num_hidden_layers, side.checkpoint.config.hidden_size

@@ -6,30 +6,16 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import PurePath
 
-from puna.evaluate.plots import Point, plot
 from puna.evaluate.report import Report
 from puna.evaluate.samples import CONVERSATIONS, TEXTS
 from puna.evaluate.text import model_rows
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #2563eb; --grid: #8884; --marked: #dc2626; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 760px; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
-svg { width: 100%; height: auto; }
-svg text { font-size: 11px; fill: currentColor; }
-.grid { stroke: var(--grid); } .line { fill: none; stroke: var(--line); stroke-width: 2; }
-.dot { fill: var(--line); } .marked { fill: var(--marked); }
-"""
+from puna.plots.dots import Point, plot
+from puna.plots.page import page, table
 
 
 def report_page(report: Report, others: Sequence[Report] = ()) -> str:
     """The page. ``others`` are reports of the same source on the same text, for the plot of size against divergence."""
-    names = f"{escape(report.derived.name)} beside {escape(report.source.name)}"
     parts = [
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>',
-        f"<title>{names}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-        f"<h1>{names}</h1>",
         f"<p>{escape(report.text.name)}: {report.text.windows} windows of {report.text.window_tokens} tokens, "
         f"{report.text.scored_tokens} tokens predicted. Measured {escape(report.created)}.</p>",
         _models(report),
@@ -42,7 +28,7 @@ def report_page(report: Report, others: Sequence[Report] = ()) -> str:
         parts += ["<h2>Error of the hidden state after each layer</h2>", _layers(report)]
     if others:
         parts += ["<h2>Size against divergence</h2>", _sizes([report, *others])]
-    return "\n".join([*parts, "</body>\n</html>\n"])
+    return page(f"{report.derived.name} beside {report.source.name}", parts)
 
 
 def pareto(reports: Sequence[Report]) -> list[Report]:
@@ -56,7 +42,7 @@ def pareto(reports: Sequence[Report]) -> list[Report]:
 
 def _models(report: Report) -> str:
     rows = [("", "source", "derived", "change"), *model_rows(report.source, report.derived)]
-    return _table(rows)
+    return table(rows)
 
 
 def _predictions(report: Report) -> str:
@@ -70,7 +56,7 @@ def _predictions(report: Report) -> str:
         ("token ids", "; ".join(report.token_ids) or f"the same in {len(TEXTS)} texts"),
         ("prompts", "; ".join(report.template) or f"the same in {len(CONVERSATIONS)} conversations"),
     ]
-    return _table(rows)
+    return table(rows)
 
 
 def _quantiles(report: Report) -> str:
@@ -91,8 +77,3 @@ def _sizes(reports: Sequence[Report]) -> str:
     points = [point(report, PurePath(report.derived.name).name, marked=report is reports[0]) for report in reports]
     line = [point(report) for report in pareto(reports)]
     return plot(points, "size of weights, MB", "mean KL divergence, nats", logarithmic=True, line=line)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>\n{body}\n</table>"

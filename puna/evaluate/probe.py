@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puna.checkpoint import Checkpoint
+from puna.checkpoint.lora_writer import merge
 from puna.errors import CheckpointError
 from puna.model.model import Model
 from puna.ops.protocol import Batch, Ops
 from puna.ops.recording import Observe, RecordingOps
+from puna.tensor import Adapter
 
 DECODE_TOKENS = 24
 
@@ -26,7 +28,7 @@ _READS_STATE = ("self_attn.q_proj.weight", "lm_head.weight", "model.embed_tokens
 class Trace:
     """Of the scored tokens of a window, ``logits`` float32[R, V], and ``states`` after each layer, float32[R, D].
 
-    A state is what the next layer, or the head, reads: normalised.
+    A state is what the next layer, or the head, reads: normalised. Of a model with an adapter beside it there are none.
     """
 
     logits: NDArray[np.float32]
@@ -34,14 +36,24 @@ class Trace:
 
 
 class Probe:
-    """One model in memory, ready to be run on windows."""
+    """One model in memory, ready to be run on windows; with ``adapter`` it is what a request with that would get.
 
-    def __init__(self, name: str, checkpoint: Checkpoint, ops: Ops) -> None:
+    DoRA, which cannot be used beside a model, is merged in float32.
+    """
+
+    def __init__(self, name: str, checkpoint: Checkpoint, ops: Ops, adapter: Adapter | None = None) -> None:
         self._name = name
         self._ops = ops
         self._states: list[NDArray[np.float32]] = []
-        self._recording = RecordingOps(ops, _into(self._states))
-        self._model = Model.bind(self._recording, checkpoint.config, checkpoint.tensors)
+        self._adapters: NDArray[np.int32] | None = None
+        if adapter is not None and adapter.magnitudes:
+            checkpoint, adapter = merge(checkpoint, adapter), None
+        bound = Model.bind(RecordingOps(ops, _into(self._states)), checkpoint.config, checkpoint.tensors)
+        self._plain = Model(ops, bound.config, bound.tensors)
+        self._model = bound
+        if adapter is not None:
+            self._model = self._plain = self._plain.adapted([self._plain.upload(adapter)])
+            self._adapters = np.zeros(1, np.int32)
 
     def run(self, window: Sequence[int], first: int) -> Trace:
         """What the model makes of the tokens from ``first`` to the last but one, after which a token is known.
@@ -50,26 +62,40 @@ class Probe:
         """
         self._states.clear()
         tokens = window[:-1]
-        kv = self._recording.new_kv(self._model.config, 1, len(tokens))
+        kv = self._ops.new_kv(self._model.config, 1, len(tokens))
         scored = np.arange(first, len(tokens), dtype=np.int32)
-        logits = self._ops.to_host(self._model.forward(_batch(tokens, 0, scored), kv))
+        logits = self._ops.to_host(self._model.forward(self._batch(tokens, 0, scored), kv))
         if not np.isfinite(logits).all():
             raise CheckpointError(f"the weights of {self._name} are broken: its predictions are not finite numbers")
         return Trace(logits, [state[-len(scored) :] for state in self._states])
 
     def decode_speed(self, prompt: Sequence[int]) -> float:
         """Tokens per second of one sequence after a prompt, from the median of some tokens."""
-        model = Model(self._ops, self._model.config, self._model.tensors)
+        model = self._plain
         kv = self._ops.new_kv(model.config, 1, len(prompt) + DECODE_TOKENS)
         last = np.array([len(prompt) - 1], np.int32)
-        logits = self._ops.to_host(model.forward(_batch(prompt, 0, last), kv))
+        logits = self._ops.to_host(model.forward(self._batch(prompt, 0, last), kv))
         seconds = []
         for position in range(len(prompt), len(prompt) + DECODE_TOKENS):
             token = int(logits[0].argmax())
             began = time.perf_counter()
-            logits = self._ops.to_host(model.forward(_batch([token], position, np.zeros(1, np.int32)), kv))
+            logits = self._ops.to_host(model.forward(self._batch([token], position, np.zeros(1, np.int32)), kv))
             seconds.append(time.perf_counter() - began)
         return 1 / statistics.median(seconds)
+
+    def _batch(self, tokens: Sequence[int], start: int, logit_rows: NDArray[np.int32]) -> Batch:
+        """Tokens of one sequence from position ``start`` on, in a cache of a single block."""
+        positions = np.arange(start, start + len(tokens), dtype=np.int32)
+        return Batch(
+            tokens=np.array(tokens, np.int32),
+            positions=positions,
+            seq_starts=np.array([0, len(tokens)], np.int32),
+            slots=positions,
+            block_tables=np.zeros((1, 1), np.int32),
+            context_lens=np.array([start + len(tokens)], np.int32),
+            logit_rows=logit_rows,
+            adapters=self._adapters,
+        )
 
 
 def _into(states: list[NDArray[np.float32]]) -> Observe:
@@ -80,17 +106,3 @@ def _into(states: list[NDArray[np.float32]]) -> Observe:
             states.append(x.copy())
 
     return observe
-
-
-def _batch(tokens: Sequence[int], start: int, logit_rows: NDArray[np.int32]) -> Batch:
-    """Tokens of one sequence from position ``start`` on, in a cache of a single block."""
-    positions = np.arange(start, start + len(tokens), dtype=np.int32)
-    return Batch(
-        tokens=np.array(tokens, np.int32),
-        positions=positions,
-        seq_starts=np.array([0, len(tokens)], np.int32),
-        slots=positions,
-        block_tables=np.zeros((1, 1), np.int32),
-        context_lens=np.array([start + len(tokens)], np.int32),
-        logit_rows=logit_rows,
-    )

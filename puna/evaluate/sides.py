@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from puna.chat.builtin import builtin_template
@@ -12,8 +13,10 @@ from puna.chat.go_template import chat_template
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.errors import RequestError, TemplateError, TokenizerError
 from puna.evaluate.samples import CONVERSATIONS, TEXTS
+from puna.llm.identity import model_identity
 from puna.model.shapes import parameter_count
 from puna.store import ResolvedModel
+from puna.tensor import Adapter
 from puna.tokenizer import Tokenizer
 
 _SHOWN, _SHOWN_IDS = 40, 4
@@ -21,20 +24,27 @@ _SHOWN, _SHOWN_IDS = 40, 4
 
 @dataclass(frozen=True)
 class Side:
-    """One of two models: what it is called, where it lies, and what is in its files."""
+    """One of two models: what it is called, where it lies, what is in its files, and what adapter it is used with."""
 
     name: str
     found: ResolvedModel
     checkpoint: Checkpoint
     tokenizer: Tokenizer
+    adapter: Adapter | None = None
 
     @classmethod
-    def open(cls, name: str, found: ResolvedModel) -> Side:
+    def open(cls, name: str, found: ResolvedModel, adapter: Adapter | None = None) -> Side:
         """Raises CheckpointError, and TokenizerError for a model without a tokenizer."""
         checkpoint = open_checkpoint(found.path)
         if checkpoint.tokenizer is None:
             raise TokenizerError(f"{name} has no tokenizer to compare it with; put it beside the weights")
-        return cls(name, found, checkpoint, checkpoint.tokenizer)
+        return cls(name, found, checkpoint, checkpoint.tokenizer, adapter)
+
+    @property
+    def identity(self) -> str:
+        """A text that differs where the weights or the adapter do."""
+        own = model_identity(self.found)
+        return own if self.adapter is None else sha256(f"{own} {self.adapter.digest}".encode()).hexdigest()
 
     @property
     def bytes(self) -> int:

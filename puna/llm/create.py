@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,12 +19,15 @@ from puna.engine import SamplingParams
 from puna.errors import StoreError
 from puna.llm.ollama_options import parameters_from_text, parse_options
 from puna.store import Lineage, Manifest, ModelName, Progress, Silent, Store, StoredFile
-from puna.store.disk import disk_errors, link_or_copy
+from puna.store.disk import digest_file, disk_errors, link_or_copy
 from puna.store.importing import files_of_model, take_file
 from puna.store.manifest import MESSAGE_ROLES, StoredAdapter, is_file_name
 from puna.store.modelfile import Modelfile, parse_modelfile
 from puna.store.names import name_part_from
 from puna.store.resolve import existing_path
+
+# Writes the model at a path as the .gguf file of the other, in another type, and gives the report to keep of that.
+Quantize = Callable[[Path, Path, Progress], Mapping[str, Any] | None]
 
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -39,6 +44,7 @@ def create(
     license: str | Sequence[str] | None = None,
     messages: Sequence[Mapping[str, Any]] | None = None,
     adapters: Sequence[str | Path] | Mapping[str, str] | None = None,
+    quantize: Quantize | None = None,
     paths: bool = True,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -46,8 +52,9 @@ def create(
 
     ``from_`` is a stored model, or, where ``paths`` allows it, a .gguf file or checkpoint folder. ``files`` (name →
     ``sha256:…``) are blobs that were sent before. What is given replaces what the base has; parameters are merged,
-    licences added. ``adapters`` are paths, or blobs like ``files``. ``progress`` hears ollama's status lines, but for
-    the last, ``success``. Raises StoreError, RequestError, TemplateError, CheckpointError; nothing is stored then.
+    licences added. ``adapters`` are paths, or blobs like ``files``. ``quantize`` (``puna.quantize.quantizer``) makes
+    the weights of the base's. ``progress`` hears ollama's status lines, but for the last, ``success``. Raises
+    StoreError, RequestError, TemplateError, CheckpointError; nothing is stored then.
     """
     progress = progress or Silent()
     model_name = ModelName.parse(name)
@@ -65,7 +72,7 @@ def create(
         raise StoreError("adapters must be blobs that were sent before (name: digest), not paths")
 
     def make() -> Manifest:
-        base = _base(store, model_name, from_, files, paths, progress)
+        base = _base(store, model_name, from_, files, quantize, paths, progress)
         stored = _adapters(store, adapters, progress) if adapters else base.adapters
         for file in (*base.files, *(file for adapter in stored for file in adapter.files)):
             here = store.blobs.path(file.sha256).is_file()
@@ -85,7 +92,12 @@ def create(
 
 
 def create_from_modelfile(
-    store: Store, name: str, modelfile: Modelfile, folder: Path, progress: Progress | None = None
+    store: Store,
+    name: str,
+    modelfile: Modelfile,
+    folder: Path,
+    progress: Progress | None = None,
+    quantize: Quantize | None = None,
 ) -> Manifest:
     """``create`` as a Modelfile says, whose relative paths begin at ``folder``."""
     beside = folder / Path(modelfile.from_).expanduser()
@@ -100,6 +112,7 @@ def create_from_modelfile(
         license=modelfile.licences,
         messages=[{"role": role, "content": content} for role, content in modelfile.messages],
         adapters=[folder / Path(path).expanduser() for path in modelfile.adapters],
+        quantize=quantize,
         progress=progress,
     )
 
@@ -150,51 +163,76 @@ def _base(
     name: ModelName,
     from_: str | Path | None,
     files: Mapping[str, str] | None,
+    quantize: Quantize | None,
     paths: bool,
     progress: Progress,
 ) -> Manifest:
     """What the new model begins with, under its name. Files are staged."""
+    path = existing_path(from_) if paths and from_ is not None else None
+    if path is not None:
+        path = path.absolute()
+        progress.status(f"gathering model components of {path.name}")
+        if quantize is not None:
+            return _quantized(store, Manifest(name.name, name.tag, (), source=str(path)), path, quantize, progress)
+        folder, names = files_of_model(path)
+        open_checkpoint(path)  # a file that can't be read as a model is refused before it is stored
+        stored = tuple(take_file(store, folder / file, progress) for file in names)
+        return Manifest(name.name, name.tag, stored, source=str(path))
     if from_ is None:
         stored = tuple(_blob(store, file, digest) for file, digest in (files or {}).items())
-        _check_opens(store, stored)
-        return Manifest(name.name, name.tag, stored)
-    path = existing_path(from_) if paths else None
-    if path is None:
+        base = Manifest(name.name, name.tag, stored)
+    else:
         parent = store.find(str(from_))
-        lineage = Lineage(str(parent.model_name), "create")
+        lineage = Lineage(str(parent.model_name), "create" if quantize is None else "quantize")
         fresh = Manifest(name.name, name.tag, parent.files).created
-        return replace(parent, name=name.name, tag=name.tag, lineage=lineage, created=fresh)
-    path = path.absolute()
-    progress.status(f"gathering model components of {path.name}")
-    folder, names = files_of_model(path)
-    open_checkpoint(path)  # a file that can't be read as a model is refused before it is stored
-    stored = tuple(take_file(store, folder / file, progress) for file in names)
-    return Manifest(name.name, name.tag, stored, source=str(path))
+        base = replace(parent, name=name.name, tag=name.tag, lineage=lineage, created=fresh)
+    if quantize is not None:
+        with _linked(store, base.files) as path:
+            return _quantized(store, base, path, quantize, progress)
+    if from_ is None:
+        with _linked(store, base.files) as path:
+            open_checkpoint(path)
+    return base
 
 
 def _blob(store: Store, file: str, digest: str) -> StoredFile:
-    sha256 = digest.removeprefix("sha256:")
+    hexadecimal = digest.removeprefix("sha256:")
     if not is_file_name(file):
         raise StoreError(f"files: the name {file!r} has unusual characters; use letters, digits, '.', '_', '-'")
-    if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+    if len(hexadecimal) != 64 or not set(hexadecimal) <= set("0123456789abcdef"):
         raise StoreError(f"files.{file}: a digest is sha256: and 64 hexadecimal digits, found {digest[:100]!r}")
-    return StoredFile(file, sha256, _place(store, sha256).stat().st_size)
+    return StoredFile(file, hexadecimal, _place(store, hexadecimal).stat().st_size)
 
 
-def _place(store: Store, sha256: str) -> Path:
-    for path in store.blobs.places(sha256):
+def _place(store: Store, digest: str) -> Path:
+    for path in store.blobs.places(digest):
         if path.is_file():
             return path
-    raise StoreError(f"no blob sha256:{sha256} is here; send it first to /api/blobs/sha256:{sha256}")
+    raise StoreError(f"no blob sha256:{digest} is here; send it first to /api/blobs/sha256:{digest}")
 
 
-def _check_opens(store: Store, files: Sequence[StoredFile]) -> None:
-    """Open the model that blobs are, under their names in a folder that is gone afterwards."""
+@contextmanager
+def _linked(store: Store, files: Sequence[StoredFile]) -> Iterator[Path]:
+    """What to open of the model that these blobs are, under their names in a folder that is gone afterwards."""
     with disk_errors(store.blobs.partial), TemporaryDirectory(dir=store.blobs.partial) as folder:
         for file in files:
             link_or_copy(_place(store, file.sha256), Path(folder) / file.file)
         whole, names = files_of_model(Path(folder))
-        open_checkpoint(whole / min(names) if all(name.endswith(".gguf") for name in names) else whole)
+        yield whole / min(names) if all(name.endswith(".gguf") for name in names) else whole
+
+
+def _quantized(store: Store, base: Manifest, path: Path, quantize: Quantize, progress: Progress) -> Manifest:
+    """The model with the weights at ``path`` quantized, which are staged.
+
+    Being killed leaves what the same call continues.
+    """
+    store.blobs.partial.mkdir(parents=True, exist_ok=True)
+    place = store.blobs.partial / f"quantizing-{sha256(str(base.model_name).encode()).hexdigest()}.gguf"
+    report = quantize(path, place, progress)
+    with disk_errors(place):
+        file = StoredFile("model.gguf", digest_file(place), place.stat().st_size)
+        store.blobs.stage(place, file.sha256)
+    return replace(base, files=(file,), report=report)
 
 
 def _adapters(

@@ -83,6 +83,7 @@ class LLM:
         self.config = model.config
         self.tokenizer = tokenizer
         self.defaults = dict(defaults or {})
+        self.own_adapter: str | None = None
         self.kv_type = kv_type
         self._chat_template = chat_template
         context = context_length
@@ -114,10 +115,11 @@ class LLM:
         kv_type: str | None = None,
         speculative: str | Speculation | None = None,
         draft_model: str | Path | None = None,
-        packed: bool = True,
+        packed: bool | str | Path = True,
         cache_dir: str | Path | None = None,
         cache_size: int = CACHE_SIZE,
         max_sequences: int = MAX_SEQUENCES,
+        adapters: bool = True,
     ) -> LLM:
         """Load a stored model (``name[:tag]``), a .gguf file, or a checkpoint folder.
 
@@ -127,9 +129,10 @@ class LLM:
         keys and values are kept as, ``f16`` (the default of native ops), ``bf16``, ``q8_0`` (half the memory) or
         ``f32``. ``speculative``: ``ngram`` or ``off``; ``draft_model`` is a smaller model of the same vocabulary,
         loaded in the same way (docs/speculative.md). ``packed``: start from the models' packed files where there are
-        some (docs/loading.md). ``cache_dir``: a private folder that keeps what was computed of prompts and answers for
-        later processes, at most ``cache_size`` bytes of it (docs/prefix-cache.md). At most ``max_sequences`` requests
-        are computed together.
+        some, or from the one that it names (docs/loading.md). ``cache_dir``: a private folder that keeps what was
+        computed of prompts and answers for later processes, at most ``cache_size`` bytes of it (docs/prefix-cache.md).
+        At most ``max_sequences`` requests are computed together. ``adapters``: load those that a stored model comes
+        with; a single one is then part of the model, used wherever no other is named.
 
         Raises StoreError, CheckpointError, ConfigError, TokenizerError, RequestError.
         """
@@ -146,9 +149,14 @@ class LLM:
             context_length = min(stored.num_ctx, checkpoint.config.max_position_embeddings)
         threads = stored.num_thread if threads is None else threads
         model_ops = make_ops(ops, threads) if ops is None or isinstance(ops, str) else ops
-        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed)
-        return cls(
-            bind_model(model_ops, found, checkpoint, packed=packed),
+        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed is not False)
+        llm = cls(
+            bind_model(
+                model_ops,
+                found,
+                checkpoint,
+                packed=packed if isinstance(packed, bool) else Path(packed).expanduser(),
+            ),
             tokenizer,
             chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
             system=manifest.system if manifest else None,
@@ -162,6 +170,11 @@ class LLM:
             else PrefixCache(Path(cache_dir).expanduser(), model_identity(found), cache_size),
             max_sequences=max_sequences,
         )
+        own = found.adapters if adapters else {}
+        for name, path in own.items():
+            llm.load_adapter(name, path)
+        llm.own_adapter = next(iter(own)) if len(own) == 1 else None
+        return llm
 
     def __enter__(self) -> LLM:
         return self
@@ -358,7 +371,7 @@ class LLM:
         >>> llm.logits(llm.tokenizer.encode("Hello world")).shape
         (2, 49152)
         """
-        return scoring.logits(self.model, ids, self.kv_type)
+        return scoring.logits(self._scored, ids, self.kv_type)
 
     def embed(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
         """float32[N, D]: the mean of the final hidden states of each text, scaled to length 1.
@@ -369,7 +382,7 @@ class LLM:
         encoded = [self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos) for text in _texts(texts)]
         vectors = np.empty((len(encoded), self.config.hidden_size), np.float32)
         for row, ids in zip(vectors, encoded, strict=True):
-            row[:] = scoring.embedding(self.model, ids, self.kv_type)
+            row[:] = scoring.embedding(self._scored, ids, self.kv_type)
         return vectors
 
     def score(self, prompt: str, continuation: str) -> scoring.Score:
@@ -386,14 +399,21 @@ class LLM:
         continuation = prompt[len(stripped) :] + continuation
         prompt_ids = self.tokenizer.encode(stripped, add_bos=self.tokenizer.add_bos)
         whole = self.tokenizer.encode(stripped + continuation, add_bos=self.tokenizer.add_bos)
-        return scoring.score(self.model, prompt_ids, whole[len(prompt_ids) :], self.kv_type)
+        return scoring.score(self._scored, prompt_ids, whole[len(prompt_ids) :], self.kv_type)
+
+    @property
+    def _scored(self) -> scoring.ScoredModel:
+        """The model as it answers where no adapter is named."""
+        if self.own_adapter is None:
+            return self.model
+        return scoring.AlwaysAdapted(self.engine.adapted_model, self.adapters[self.own_adapter].number)
 
     def _request(
         self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None, adapter: str | None
     ) -> Request:
         if constraint is not None and not hasattr(constraint, "start"):
             raise RequestError(f"constraint must come from llm.constraints, found {type(constraint).__name__}")
-        return Request(ids, params, self.eos_ids, constraint, adapter=adapter)
+        return Request(ids, params, self.eos_ids, constraint, adapter=adapter or self.own_adapter)
 
 
 def _texts(given: str | Sequence[str]) -> list[str]:

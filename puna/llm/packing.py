@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from puna.checkpoint.atomic import atomic_path
 from puna.errors import CheckpointError, RequestError
 from puna.model.model import Model
 from puna.model.shapes import tensor_shapes
-from puna.ops.packed_file import PackedMatrix, packed_error, read_packed, write_packed
+from puna.ops.packed_file import PackedMatrix, is_packed, packed_error, read_packed, write_packed
 from puna.ops.protocol import Ops, UploadedWeight
 from puna.store import ResolvedModel
 from puna.store.packs import make_room, mark_used
@@ -29,13 +30,21 @@ EMBEDDING = "model.embed_tokens.weight"
 HEADER_BYTES_PER_MATRIX = 256  # about 180, and alignment
 
 
-def bind_model(ops: Ops, found: ResolvedModel, checkpoint: Checkpoint, *, packed: bool) -> Model:
+def bind_model(ops: Ops, found: ResolvedModel, checkpoint: Checkpoint, *, packed: bool | Path) -> Model:
     """The model on these ops, its matrices from its packed file where there is a sound one and ``packed`` is true.
+
+    ``packed`` may name the file: then nothing else will do. Raises CheckpointError when it is not this model's, and
+    RequestError when these ops use none.
 
     Where the environment variable PUNA_PACK_CACHE bounds the store's packed files (``4GB``), a stored model without one
     gets one first. Raises RequestError when that is no size.
     """
     native = _native(ops) if packed else None
+    if isinstance(packed, Path):
+        if native is None:
+            raise RequestError(f"the {ops.name} ops use no packed file; leave out {packed}, or use the native ones")
+        ready = _read_weights(native, replace(found, packed=packed), checkpoint)
+        return Model.bind(ops, checkpoint.config, checkpoint.tensors, ready)
     if native is None:
         return Model.bind(ops, checkpoint.config, checkpoint.tensors)
     ready = _packed_weights(native, found, checkpoint)
@@ -44,14 +53,19 @@ def bind_model(ops: Ops, found: ResolvedModel, checkpoint: Checkpoint, *, packed
     return Model.bind(ops, checkpoint.config, checkpoint.tensors, ready)
 
 
-def pack_model(found: ResolvedModel, ops: Ops) -> Path:
-    """Write the packed file of a model, all or nothing, and return its path.
+def pack_model(found: ResolvedModel, ops: Ops, out: Path | None = None) -> Path:
+    """Write the packed file of a model, all or nothing, and return its path: ``out``, or where starts look for it.
 
-    Raises RequestError on ops that pack nothing, CheckpointError for an unreadable model or a disk that refuses.
+    Raises RequestError on ops that pack nothing and where ``out`` is another kind of file, CheckpointError for an
+    unreadable model or a disk that refuses.
     """
     native = _native(ops)
     if native is None:
         raise RequestError(f"the {ops.name} ops pack nothing; packed files are for the native ones")
+    if out is not None:
+        if out.exists() and not is_packed(out):
+            raise RequestError(f"{out} is there already and no packed file; choose another name")
+        found = replace(found, packed=out)
     _write(native, found, open_checkpoint(found.path))
     return found.packed
 
@@ -93,21 +107,27 @@ def _parse_size(text: str) -> int:
 
 def _packed_weights(ops: NativeOps, found: ResolvedModel, checkpoint: Checkpoint) -> Mapping[str, UploadedWeight]:
     """The uploaded matrices of the model's packed file; none, with a warning, where that is of no use."""
-    expected = _multiplied(checkpoint)
-    weights = {}
     try:
         if not found.packed.is_file():
             return {}
-        file = read_packed(found.packed, ops.panel_layout, found.identity)
-        for name, matrix in file.matrices.items():
-            if expected.get(name) != (matrix.rows, matrix.columns):
-                raise packed_error(file.path, f"the model has no matrix {name[:100]!a} of that shape")
-            rows = checkpoint.tensors[name] if name == EMBEDDING else None
-            weights[name] = ops.packed_weight(file, matrix, rows)
+        weights = _read_weights(ops, found, checkpoint)
     except (CheckpointError, OSError) as error:
         warnings.warn(str(error), stacklevel=2)
         return {}
     mark_used(found.packed)
+    return weights
+
+
+def _read_weights(ops: NativeOps, found: ResolvedModel, checkpoint: Checkpoint) -> Mapping[str, UploadedWeight]:
+    """The uploaded matrices of the model's packed file. Raises CheckpointError, OSError."""
+    expected = _multiplied(checkpoint)
+    weights = {}
+    file = read_packed(found.packed, ops.panel_layout, found.identity)
+    for name, matrix in file.matrices.items():
+        if expected.get(name) != (matrix.rows, matrix.columns):
+            raise packed_error(file.path, f"the model has no matrix {name[:100]!a} of that shape")
+        rows = checkpoint.tensors[name] if name == EMBEDDING else None
+        weights[name] = ops.packed_weight(file, matrix, rows)
     return weights
 
 

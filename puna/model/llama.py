@@ -47,35 +47,36 @@ class Weights:
 
 def bind(config: ModelConfig, tensors: Mapping[str, UploadedWeight]) -> Weights:
     """Sort uploaded tensors (Hugging Face names) into the model's places."""
-
-    def block(i: int) -> Block:
-        prefix = f"model.layers.{i}."
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        return Block(
-            attention_norm=tensors[prefix + "input_layernorm.weight"],
-            q=tensors[attention + "q_proj.weight"],
-            k=tensors[attention + "k_proj.weight"],
-            v=tensors[attention + "v_proj.weight"],
-            o=tensors[attention + "o_proj.weight"],
-            mlp_norm=tensors[prefix + "post_attention_layernorm.weight"],
-            gate=tensors[mlp + "gate_proj.weight"],
-            up=tensors[mlp + "up_proj.weight"],
-            down=tensors[mlp + "down_proj.weight"],
-            q_bias=tensors.get(attention + "q_proj.bias"),
-            k_bias=tensors.get(attention + "k_proj.bias"),
-            v_bias=tensors.get(attention + "v_proj.bias"),
-            o_bias=tensors.get(attention + "o_proj.bias"),
-            gate_bias=tensors.get(mlp + "gate_proj.bias"),
-            up_bias=tensors.get(mlp + "up_proj.bias"),
-            down_bias=tensors.get(mlp + "down_proj.bias"),
-        )
-
     embedding = tensors["model.embed_tokens.weight"]
     return Weights(
         embedding=embedding,
-        blocks=tuple(block(i) for i in range(config.num_hidden_layers)),
+        blocks=tuple(bind_block(tensors, layer) for layer in range(config.num_hidden_layers)),
         norm=tensors["model.norm.weight"],
         head=embedding if config.tie_word_embeddings else tensors["lm_head.weight"],
+    )
+
+
+def bind_block(tensors: Mapping[str, UploadedWeight], layer: int) -> Block:
+    """Those of one layer; the others may be missing."""
+    prefix = f"model.layers.{layer}."
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    return Block(
+        attention_norm=tensors[prefix + "input_layernorm.weight"],
+        q=tensors[attention + "q_proj.weight"],
+        k=tensors[attention + "k_proj.weight"],
+        v=tensors[attention + "v_proj.weight"],
+        o=tensors[attention + "o_proj.weight"],
+        mlp_norm=tensors[prefix + "post_attention_layernorm.weight"],
+        gate=tensors[mlp + "gate_proj.weight"],
+        up=tensors[mlp + "up_proj.weight"],
+        down=tensors[mlp + "down_proj.weight"],
+        q_bias=tensors.get(attention + "q_proj.bias"),
+        k_bias=tensors.get(attention + "k_proj.bias"),
+        v_bias=tensors.get(attention + "v_proj.bias"),
+        o_bias=tensors.get(attention + "o_proj.bias"),
+        gate_bias=tensors.get(mlp + "gate_proj.bias"),
+        up_bias=tensors.get(mlp + "up_proj.bias"),
+        down_bias=tensors.get(mlp + "down_proj.bias"),
     )
 
 

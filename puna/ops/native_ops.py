@@ -32,6 +32,8 @@ Floats = NDArray[np.float32]
 Angles = tuple[Floats, Floats]
 ALIGNMENT = 64
 MAPPING_BYTES = 32 << 20
+PACKED_AT_ONCE = 16 << 20
+PANEL_ROWS = 16  # of csrc/panel.hpp
 
 
 @dataclass
@@ -80,12 +82,14 @@ class NativeKVCache:
 
 
 class NativeOps:
-    """Weights stay in their encoding; activations are quantized to int8 in groups of 32 where the weights are.
+    """Weights stay in their encoding; activations are quantized to int8 in groups of 32 where the weights are, and
+    rounded to bfloat16 for bfloat16 weights where the instructions multiply those (``avx512bf16``).
 
     A row's result depends neither on the rows beside it nor on the number of threads. ``threads`` defaults to the
-    physical cores this process may use; ``isa`` (``avx512``, ``avx2``, ``neon``, ``portable``) to the environment
-    variable PUNA_ISA, else the best this machine has. Raises RequestError when it can't run those instructions, and
-    ImportError on import where the extension was not built. After fork() the child computes on one thread.
+    physical cores this process may use; ``isa`` (``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``portable``) to
+    the environment variable PUNA_ISA, else the best this machine has. Raises RequestError when it can't run those
+    instructions, and ImportError on import where the extension was not built. After fork() the child computes on one
+    thread.
     """
 
     name = "native"
@@ -140,7 +144,12 @@ class NativeOps:
         kind, (rows, columns) = weight.type.gguf_id, weight.shape
         if destination is None:
             destination = _untouched_zeros(_native.packed_bytes(kind, rows, columns))
-        self._native.pack(kind, rows, columns, np.ascontiguousarray(weight.data), destination)
+        step = max(PACKED_AT_ONCE // weight.data.shape[1] // PANEL_ROWS, 1) * PANEL_ROWS
+        for first in range(0, rows, step):  # so that not all of a mapped file's matrix is in memory beside its panels
+            data = weight.data[first : first + step]
+            at, end = (_native.packed_bytes(kind, n, columns) for n in (first, first + len(data)))
+            self._native.pack(kind, len(data), columns, np.ascontiguousarray(data), destination[at:end])
+            drop_mapped_pages(data)
         return destination
 
     def packed_matrix(self, weight: Weight) -> PackedMatrix:

@@ -101,6 +101,14 @@ def write_packed(
         file.write(_PREFIX.pack(MAGIC, len(header), sha256(header).digest()) + header)
 
 
+def is_packed(path: Path) -> bool:
+    """Whether it is a packed file, of whatever layout and model."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def packed_error(path: Path, problem: str) -> CheckpointError:
     """Why a packed file is not used, and the remedy."""
     return CheckpointError(f"the packed file {path} is not used: {problem}; `puna pack` makes it anew")

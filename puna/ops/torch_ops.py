@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +20,9 @@ from puna.config import ModelConfig
 from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
 from puna.ops.reference import ReferenceOps
 from puna.ops.registry import make_ops
+from puna.ops.torch_attention import attend_within
+from puna.ops.torch_functions import Angles, RMSNorm, Rotate, SwiGLU
+from puna.ops.torch_linear import low_rank_product, multiply
 from puna.ops.torch_weights import (
     FLOAT_DTYPES,
     AdaptedMatrix,
@@ -30,12 +31,8 @@ from puna.ops.torch_weights import (
     Matrix,
     as_tensor,
     dense,
-    low_rank_product,
-    multiply,
 )
 from puna.tensor import LowRank, Weight
-
-Angles = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -160,27 +157,19 @@ class TorchOps:
         return F.embedding(index, table).to(self.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(self._wide)
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (normalised * weight.to(self._wide)).to(x.dtype)
+        normalised: Tensor = RMSNorm.apply(x, weight.to(self._wide), eps)  # type: ignore[no-untyped-call]
+        return normalised
 
     def linear(self, x: Tensor, w: Matrix, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        y = multiply(x, w)
-        if bias is not None:
-            y = y + bias.to(y.dtype)
-        if residual is not None:
-            y = y + residual
-        if self._token_adapters is not None and isinstance(w, AdaptedMatrix):
-            for adapter, change in enumerate(w.changes):
-                if change is not None:
-                    tokens = torch.nonzero(self._token_adapters == adapter)[:, 0]
-                    y = y.index_add(0, tokens, low_rank_product(x[tokens], *change))
-        return y
+        (y,) = multiply(x, [w], residual)
+        return self._completed(x, w, y, bias)
 
     def linears(
         self, x: Tensor, weights: Sequence[Matrix], biases: Sequence[Tensor | None] | None = None
     ) -> list[Tensor]:
-        return [self.linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
+        products = multiply(x, weights)
+        biases = biases or [None] * len(weights)
+        return [self._completed(x, w, y, b) for w, y, b in zip(weights, products, biases, strict=True)]
 
     def rope_angles(
         self, positions: NDArray[np.int32], inverse_frequencies: NDArray[np.float32], scale: float
@@ -192,19 +181,17 @@ class TorchOps:
         return torch.cos(angles) * scale, torch.sin(angles) * scale
 
     def rope(self, x: Tensor, angles: Angles) -> Tensor:
-        cosines, sines = (a[:, None, :] for a in angles)
-        first, second = x.reshape(len(x), -1, 2, cosines.shape[-1]).unbind(2)
-        rotated = torch.stack([first * cosines - second * sines, second * cosines + first * sines], dim=2)
-        return rotated.reshape(x.shape).to(x.dtype)
+        rotated: Tensor = Rotate.apply(x, *angles)  # type: ignore[no-untyped-call]
+        return rotated
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv: KVCache, layer: int, batch: Batch) -> Tensor:
         if isinstance(kv, NoCache):
-            return self._attend_within(q, k, v, kv.head_dim, batch)
+            return attend_within(q, k, v, kv.head_dim, batch.seq_starts.tobytes())
         out = self._reference.attend(self.to_host(q), self.to_host(k), self.to_host(v), kv, layer, batch)
         return torch.from_numpy(out).to(self.device, self.dtype)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        gated: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+        gated: Tensor = SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
         return gated
 
     def rows(self, x: Tensor, index: NDArray[np.int32]) -> Tensor:
@@ -217,78 +204,16 @@ class TorchOps:
         host: NDArray[np.float32] = x.detach().float().cpu().numpy()
         return host
 
+    def _completed(self, x: Tensor, w: Matrix, y: Tensor, bias: Tensor | None) -> Tensor:
+        """With the bias, and what the adapters of the tokens' sequences add."""
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        if self._token_adapters is not None and isinstance(w, AdaptedMatrix):
+            for adapter, change in enumerate(w.changes):
+                if change is not None:
+                    tokens = torch.nonzero(self._token_adapters == adapter)[:, 0]
+                    y = y.index_add(0, tokens, low_rank_product(x[tokens], *change))
+        return y
+
     def _index(self, index: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(index.astype(np.int64)).to(self.device)
-
-    def _attend_within(self, q: Tensor, k: Tensor, v: Tensor, head_dim: int, batch: Batch) -> Tensor:
-        """Documents of about one length are computed together, padded at their ends, where causal attention is blind.
-
-        That costs the squares of the documents' lengths; a mask over the whole batch costs that of their sum.
-        """
-        groups = _groups(batch.seq_starts.tobytes(), self.device)
-        q, k, v = (x.reshape(len(x), -1, head_dim) for x in (q, k, v))
-        outs = []
-        for tokens, (documents, length) in groups.by_length:
-            # [documents, heads, length, head_dim]
-            queries, keys, values = (
-                x[tokens].reshape(documents, length, -1, head_dim).transpose(1, 2) for x in (q, k, v)
-            )
-            out = F.scaled_dot_product_attention(
-                queries, keys, values, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            outs.append(out.transpose(1, 2).reshape(documents * length, -1))
-        return torch.cat(outs)[groups.place]
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """Documents by about their lengths.
-
-    ``by_length``: of each group the tokens (int64[documents · length], any token for the padding), how many documents
-    there are and their padded length. ``place``: where each token of the batch comes to lie in their concatenation.
-    """
-
-    by_length: Sequence[tuple[Tensor, tuple[int, int]]]
-    place: Tensor
-
-
-@lru_cache(maxsize=8)  # every layer of a step asks for the same
-def _groups(seq_starts: bytes, device: torch.device) -> _Groups:
-    starts = np.frombuffer(seq_starts, np.int32).astype(np.int64)
-    lengths = np.diff(starts)
-    padded = np.array([_padded_length(int(length)) for length in lengths])
-    place = np.empty(starts[-1], np.int64)
-    by_length, at = [], 0
-    for target in np.unique(padded):
-        chosen = np.flatnonzero(padded == target)
-        length = lengths[chosen].max()
-        offsets = np.arange(length)
-        inside = offsets < lengths[chosen, None]
-        tokens = np.where(inside, starts[chosen, None] + offsets, starts[chosen, None])
-        place[tokens[inside]] = at + np.flatnonzero(inside.reshape(-1))
-        at += tokens.size
-        by_length.append((torch.from_numpy(tokens.reshape(-1)).to(device), (len(chosen), int(length))))
-    return _Groups(by_length, torch.from_numpy(place).to(device))
-
-
-def _padded_length(length: int) -> int:
-    """The next of 16, 20, 24, 28, 32, 40, 48, …: at most a fifth of a longer document is padding."""
-    step = max(4, 1 << (length - 1).bit_length() >> 3)
-    return max(16, -(-length // step) * step)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up, computed again in the backward pass rather than kept."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        # silu' = sigmoid + silu · (1 - sigmoid)
-        return gradient * up * (sigmoid + silu * (1 - sigmoid)), gradient * silu

@@ -1,7 +1,5 @@
 """The matrices that TorchOps computes with: plain tensors, encoded ones, and low-rank changes of either.
-
-Sources: Hu et al. 2021 (LoRA), Liu et al. 2024 (DoRA), Dettmers et al. 2023 (QLoRA: adapters over a frozen quantized
-base, which is decoded again in the backward pass).
+Their products are torch_linear's.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from puna.tensor import Weight
 from puna.tensor.types import QuantType
@@ -48,7 +45,8 @@ class EncodedMatrix:
         data = self.data if rows is None else self.data[rows]
         if self.kind.name in FLOAT_DTYPES:
             return data.view(FLOAT_DTYPES[self.kind.name]).to(dtype)
-        weight = Weight("encoded", (len(data), self.columns), self.kind, data.cpu().numpy())
+        # By DLPack, because numpy() would fix the size of the tensor's memory, which is let go of where it is sharded.
+        weight = Weight("encoded", (len(data), self.columns), self.kind, np.from_dlpack(data.cpu()).view(np.uint8))
         return torch.from_numpy(self.decoder(weight)).to(data.device, dtype)
 
 
@@ -92,51 +90,14 @@ def dense(w: Matrix, dtype: torch.dtype) -> Tensor:
         return w.decode(dtype)
     if isinstance(w, LowRankMatrix):
         changed = dense(w.base, dtype) + w.scale * (w.b @ w.a).to(dtype)
-        return changed if w.magnitude is None else changed * _dora_factor(w, changed).to(dtype)[:, None]
+        return changed if w.magnitude is None else changed * dora_factor(w, changed).to(dtype)[:, None]
     if isinstance(w, AdaptedMatrix):
         return dense(w.base, dtype)
     return w.to(dtype)
 
 
-def multiply(x: Tensor, w: Matrix) -> Tensor:
-    """x · Wᵀ, with the change where one is under training."""
-    if isinstance(w, EncodedMatrix):
-        product: Tensor = _EncodedProduct.apply(x, w)  # type: ignore[no-untyped-call]
-        return product
-    if isinstance(w, AdaptedMatrix):
-        return multiply(x, w.base)
-    if isinstance(w, LowRankMatrix):
-        dropped = F.dropout(x, w.dropout) if w.dropout else x
-        y, reduced = multiply(x, w.base), w.scale * F.linear(dropped, w.a.to(x.dtype))
-        if w.magnitude is None:
-            return torch.addmm(y, reduced, w.b.to(x.dtype).T)
-        change = F.linear(reduced, w.b.to(x.dtype))
-        factor = _dora_factor(w, dense(w.base, x.dtype).detach() + w.scale * (w.b @ w.a).to(x.dtype)).to(x.dtype)
-        # As in PEFT, dropout falls on all that DoRA adds, the rescaling of W's part included.
-        return y + (factor - 1) * (multiply(dropped, w.base) if w.dropout else y) + factor * change
-    return F.linear(x, w.to(x.dtype))
-
-
-def low_rank_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale · (x · Aᵀ) · Bᵀ."""
-    return F.linear(scale * F.linear(x, a.to(x.dtype)), b.to(x.dtype))
-
-
-def _dora_factor(w: LowRankMatrix, changed: Tensor) -> Tensor:
+def dora_factor(w: LowRankMatrix, changed: Tensor) -> Tensor:
     """[rows]: by what rows of the changed matrix are multiplied. Their lengths count as constants (DoRA, §4.3)."""
     assert w.magnitude is not None
     factor: Tensor = w.magnitude / torch.linalg.vector_norm(changed.detach().to(w.magnitude.dtype), dim=1)
     return factor
-
-
-class _EncodedProduct(torch.autograd.Function):
-    """x · Wᵀ of a frozen matrix: nothing is kept for the backward pass but the encoded bytes, which were there."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: EncodedMatrix) -> Tensor:
-        ctx.w = w
-        return F.linear(x, w.decode(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient @ ctx.w.decode(gradient.dtype), None

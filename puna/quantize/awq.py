@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from puna.quantize.layerwise import STAGES, Moments
+from puna.quantize.layerwise import STAGES, Moments, sources
 from puna.quantize.rtn import in_groups, nearest_codes, round_to_nearest, spacing
 from puna.tensor.groupwise import Grouped
 
@@ -33,10 +33,10 @@ def awq(values: dict[str, Floats], moments: Mapping[str, Moments], group_size: i
     for stage in STAGES:
         moment = moments[stage[0]]
         scale = np.ones(len(moment.magnitude), np.float32)
-        if sources := _sources(values, stage):
+        if makers := sources(values, stage):
             scale = _best_scale([values[f"{name}.weight"] for name in stage], moment, group_size)
-        for source in sources:
-            values[source] = (values[source].T / scale).T
+        for maker in makers:
+            values[maker] = (values[maker].T / scale).T
         for name in stage:
             values[f"{name}.weight"] = values[f"{name}.weight"] * scale
             second[name] = (moment.second / np.outer(scale, scale)).astype(np.float32)
@@ -46,19 +46,6 @@ def awq(values: dict[str, Floats], moments: Mapping[str, Moments], group_size: i
         cut = matrix if name in _NOT_CUT else _cut(matrix, inputs, group_size)
         quantized[name] = round_to_nearest(cut, 4, group_size, symmetric=False)
     return quantized
-
-
-def _sources(values: Mapping[str, Floats], stage: tuple[str, ...]) -> tuple[str, ...]:
-    """The tensors whose rows make the inputs of a stage; none where a row makes several, as with grouped queries."""
-    first = stage[0]
-    if first == "self_attn.q_proj":
-        return ("input_layernorm.weight",)
-    if first == "mlp.gate_proj":
-        return ("post_attention_layernorm.weight",)
-    source = "self_attn.v_proj" if first == "self_attn.o_proj" else "mlp.up_proj"
-    if len(values[f"{source}.weight"]) != values[f"{first}.weight"].shape[1]:
-        return ()
-    return tuple(name for name in (f"{source}.weight", f"{source}.bias") if name in values)
 
 
 def _best_scale(matrices: Sequence[Floats], moment: Moments, group_size: int) -> Floats:

@@ -22,11 +22,13 @@ def gptq(
     group_size: int = 128,
     symmetric: bool = False,
     act_order: bool = True,
+    static_groups: bool = True,
 ) -> Grouped:
     """Quantize a matrix [rows, columns] whose inputs have the second moments [columns, columns].
 
-    With ``act_order`` the columns of the largest inputs come first. Groups stay runs of columns: with ``act_order``
-    they are spaced beforehand, else when their first column is reached, as the errors so far have left it.
+    With ``act_order`` the columns of the largest inputs come first. With ``static_groups``, groups then stay runs of
+    columns, spaced beforehand; else the first columns in that order make up the first group, and so on. Those, and
+    groups without ``act_order``, are spaced when their first column is reached, as the errors so far have left them.
     Raises CheckpointError for numbers whose scale float16 cannot hold, RequestError when the moments are not finite.
     """
     rows, columns = values.shape
@@ -37,6 +39,9 @@ def gptq(
     order = np.argsort(-np.diag(second), kind="stable") if act_order else np.arange(columns)
     upper = _inverse_factor(second, idle, order)
     groups = np.arange(columns) // size
+    spaced_beforehand = act_order and static_groups
+    if not spaced_beforehand:
+        groups[order] = groups.copy()
     scales, zeros = (part.T.copy() for part in spacing(in_groups(w, group_size), bits, symmetric))
     codes = np.empty((columns, rows), np.uint8)
     w = np.ascontiguousarray(w.T[order])  # a column lies in a row from here on
@@ -46,7 +51,7 @@ def gptq(
         for i in range(start, stop):
             column = order[i]
             group = groups[column]
-            if not act_order and column % size == 0:
+            if not spaced_beforehand and i % size == 0:
                 ahead = w[i : i + size].copy()
                 if i + size > stop:  # the errors of this block have not yet reached the columns beyond it
                     ahead[stop - i :] -= upper[start:i, stop : i + size].T @ errors[: i - start]

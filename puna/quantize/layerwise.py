@@ -4,7 +4,7 @@ what it makes of the text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from puna.quantize.calibration import Windows, one_sequence
 from puna.tensor import Weight
 
 Floats = NDArray[np.float32]
+See = Callable[[str, Floats], None]
 
 # The linears of a layer that read the same input, in the order of the computation.
 STAGES: tuple[tuple[str, ...], ...] = (
@@ -39,8 +40,21 @@ class Moments:
     magnitude: NDArray[np.float64]
 
 
+def sources(values: Mapping[str, Floats], stage: tuple[str, ...]) -> tuple[str, ...]:
+    """The tensors whose rows make the inputs of a stage; none where a row makes several, as with grouped queries."""
+    first = stage[0]
+    if first == "self_attn.q_proj":
+        return ("input_layernorm.weight",)
+    if first == "mlp.gate_proj":
+        return ("post_attention_layernorm.weight",)
+    source = "self_attn.v_proj" if first == "self_attn.o_proj" else "mlp.up_proj"
+    if len(values[f"{source}.weight"]) != values[f"{first}.weight"].shape[1]:
+        return ()
+    return tuple(name for name in (f"{source}.weight", f"{source}.bias") if name in values)
+
+
 class LayerByLayer:
-    """``inputs`` runs the current layer as it is now, ``advance`` does and goes on to the next.
+    """``inputs`` runs the current layer as it is now, ``advance`` and ``show`` do and go on to the next.
 
     Everything is computed in float32. Memory: the hidden states of the text, and one layer.
     """
@@ -56,33 +70,48 @@ class LayerByLayer:
 
     def inputs(self, stages: Sequence[tuple[str, ...]]) -> dict[str, Moments]:
         """The moments of the inputs of these stages, by the first linear of each."""
-        return self._run({stage[0] for stage in stages}, keep=False)
+        return self._moments(stages, keep=False)
 
     def advance(self, stages: Sequence[tuple[str, ...]] = ()) -> dict[str, Moments]:
         """As ``inputs``; what comes out of the layer is what the next one reads."""
-        moments = self._run({stage[0] for stage in stages}, keep=True)
+        moments = self._moments(stages, keep=True)
         self.layer += 1
         self._load()
         return moments
+
+    def show(self, see: See) -> None:
+        """As ``advance``; ``see`` gets the inputs of every stage, by its first linear, a window at a time."""
+        self._run(STAGES, keep=True, see=see)
+        self.layer += 1
+        self._load()
 
     def _load(self) -> None:
         prefix = f"model.layers.{self.layer}."
         names = [name for name in self._tensors if name.startswith(prefix)]
         self.values = {name.removeprefix(prefix): self._tensors[name].dequantize() for name in names}
 
-    def _run(self, wanted: set[str], keep: bool) -> dict[str, Moments]:
+    def _moments(self, stages: Sequence[tuple[str, ...]], keep: bool) -> dict[str, Moments]:
         sums: dict[str, Moments] = {}
+
+        def see(name: str, x: Floats) -> None:
+            second, magnitude = (x.T @ x).astype(np.float64), np.abs(x).sum(axis=0, dtype=np.float64)
+            if name in sums:
+                sums[name].second += second
+                sums[name].magnitude += magnitude
+            else:
+                sums[name] = Moments(second, magnitude)
+
+        self._run(stages, keep, see)
+        tokens = sum(map(len, self._windows))
+        return {name: Moments(m.second / tokens, m.magnitude / tokens) for name, m in sums.items()}
+
+    def _run(self, stages: Sequence[tuple[str, ...]], keep: bool, see: See) -> None:
+        wanted = {stage[0] for stage in stages}
 
         def observe(names: Sequence[str], x: Floats) -> None:
             first = names[0].removesuffix(".weight")
-            if first not in wanted:
-                return
-            second, magnitude = (x.T @ x).astype(np.float64), np.abs(x).sum(axis=0, dtype=np.float64)
-            if first in sums:
-                sums[first].second += second
-                sums[first].magnitude += magnitude
-            else:
-                sums[first] = Moments(second, magnitude)
+            if first in wanted:
+                see(first, x)
 
         ops = RecordingOps(ReferenceOps(), observe)
         block = self._block(ops)
@@ -93,8 +122,6 @@ class LayerByLayer:
             x = llama.run_block(ops, self._config, block, self._states[i], angles, 0, batch, kv)
             if keep:
                 self._states[i] = x
-        tokens = sum(map(len, self._windows))
-        return {name: Moments(m.second / tokens, m.magnitude / tokens) for name, m in sums.items()}
 
     def _block(self, ops: RecordingOps) -> llama.Block:
         uploaded = {

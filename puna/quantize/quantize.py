@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from puna import __version__
-from puna.checkpoint import Checkpoint, open_checkpoint
+from puna.checkpoint import Checkpoint
 from puna.checkpoint.gguf import GGUFTensors, gguf_contents
 from puna.checkpoint.gguf_writer import FILE_TYPES, gguf_layout, tensor_bytes
 from puna.errors import CheckpointError, RequestError
-from puna.llm.identity import model_identity
 from puna.ops.protocol import Ops
 from puna.ops.registry import make_ops
 from puna.quantize.calibration import Progress, Windows, measure_importance, read_windows
@@ -26,7 +25,7 @@ from puna.quantize.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from puna.quantize.mix import Overrides, TensorPlan, check_plan_changes, file_type, mix_name, plan_mix, plan_types
 from puna.quantize.part_file import PartFile
 from puna.quantize.search import Search, plan_within, plan_within_divergence
-from puna.store import resolve
+from puna.quantize.source import Source
 from puna.store.lock import file_lock
 from puna.tensor import quant_type
 from puna.tensor.mapped import drop_mapped_pages
@@ -87,7 +86,7 @@ class Quantized:
 
 
 def quantize(
-    source: str | Path,
+    source: str | Path | Source,
     destination: Path,
     settings: QuantizeSettings,
     threads: int | None = None,
@@ -106,10 +105,10 @@ def quantize(
     mix, overrides = _check(settings)
     destination = destination.expanduser()
     _check_destination(destination, settings)
-    found = resolve(source)
-    if destination.exists() and found.path.is_file() and destination.samefile(found.path):
+    source = source if isinstance(source, Source) else Source.open(source)
+    if destination.exists() and source.path.is_file() and destination.samefile(source.path):
         raise CheckpointError(f"{destination} is what is being quantized; choose another name")
-    checkpoint = open_checkpoint(found.path)
+    checkpoint = source.checkpoint
     ops = make_ops(None, threads)
     metadata, tensors = gguf_contents(checkpoint)
     has_importance = bool(settings.imatrix or settings.calibrate)
@@ -120,7 +119,7 @@ def quantize(
     if not settings.requantize:
         # A mix to be measured may give a tensor any type, so nothing may be quantized already: hence F32.
         intended = plans or plan_types(dict.fromkeys(tensors.shapes, quant_type("F32")), tensors.shapes, Overrides())
-        check_plan_changes(intended, {name: tensors.type(name) for name in tensors.shapes}, str(found.path))
+        check_plan_changes(intended, {name: tensors.type(name) for name in tensors.shapes}, str(source.path))
     windows = read_windows(checkpoint, settings.calibrate) if settings.calibrate else None
     importance = _importance(checkpoint, ops, settings, windows, progress)
     if importance is not None:
@@ -136,9 +135,9 @@ def quantize(
             assert settings.max_kl is not None
             plans, divergence = plan_within_divergence(search, settings.max_kl)
     metadata |= {"general.file_type": file_type(mix) if mix else _most_common(plans), "general.quantization_version": 2}
-    identity = f"{__version__} {model_identity(found)} {_digest(importance)}"
+    identity = f"{__version__} {source.identity} {_digest(importance)}"
     size, continued, finished = _write(
-        destination, identity, metadata, tensors, plans, ops, importance, progress, check, str(found.path)
+        destination, identity, metadata, tensors, plans, ops, importance, progress, check, str(source.path)
     )
     return Quantized(destination, plans, size, finished - began, continued, divergence, _notes(plans, importance))
 

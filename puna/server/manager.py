@@ -231,6 +231,7 @@ class Manager:
             ops=self.ops,
             kv_type=settings.kv_type,
             max_sequences=settings.parallel,
+            adapters=False,  # each when it is asked for, where there is room
         )
 
     def _context(self, found: ResolvedModel, manifest: Manifest, wanted: int | None) -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from puna.errors import StoreError
@@ -18,12 +19,13 @@ MODEL_SUFFIXES = (".gguf", ".safetensors")
 class ResolvedModel:
     """``path`` is what ``open_checkpoint`` takes; ``manifest`` is None for a file or folder outside the store.
 
-    ``packed`` is where the packed file of the model lies, or would.
+    ``packed`` is where the packed file of the model lies, or would. ``adapters`` are the stored model's own, by name.
     """
 
     path: Path
     manifest: Manifest | None
     packed: Path
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -53,7 +55,8 @@ def resolve(name_or_path: str | os.PathLike[str], store: Store | None = None) ->
 
 def resolve_stored(manifest: Manifest, store: Store) -> ResolvedModel:
     """Where a stored model's files are. Raises StoreError for lost ones."""
-    return ResolvedModel(store.path_of(manifest), manifest, store.packs.path(manifest.content_digest))
+    packed = store.packs.path(manifest.content_digest)
+    return ResolvedModel(store.path_of(manifest), manifest, packed, store.adapter_paths(manifest))
 
 
 def _outside(path: Path) -> ResolvedModel:

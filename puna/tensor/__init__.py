@@ -2,6 +2,6 @@
 
 from puna.tensor.low_rank import Adapter, LowRank
 from puna.tensor.types import QUANT_TYPES, QuantType, quant_type
-from puna.tensor.weight import Weight
+from puna.tensor.weight import DeferredWeight, Weight
 
-__all__ = ["QUANT_TYPES", "Adapter", "LowRank", "QuantType", "Weight", "quant_type"]
+__all__ = ["QUANT_TYPES", "Adapter", "DeferredWeight", "LowRank", "QuantType", "Weight", "quant_type"]

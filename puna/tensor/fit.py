@@ -2,7 +2,7 @@
 
 Several scales near the obvious one are tried; for the codes that each gives, the best scale and minimum follow from
 least squares. Sums run over a group's numbers in order, in float32 and without fused operations, so that the native
-encoders (csrc/encode.cpp) give the same bytes.
+encoders (csrc/fits.hpp) give the same bytes.
 
 Shapes: ``x`` is float32[groups, numbers]; ``weight``, the importance of each number's error, is of the same shape.
 """
@@ -18,7 +18,7 @@ from puna.tensor.bits import check_storable
 
 Numbers = NDArray[np.float32]
 
-# By how much others than the obvious largest code are tried.
+# By how much others than the obvious code of the largest number are tried.
 AFFINE_TRIALS = np.arange(-10, 11, dtype=np.float32) * np.float32(0.1)
 SYMMETRIC_TRIALS = np.arange(-9, 10, dtype=np.float32) * np.float32(0.1)
 LEVEL_TRIALS = np.arange(-10, 11, dtype=np.float32) * np.float32(1.5)
@@ -55,42 +55,48 @@ def affine_fit(x: Numbers, weight: Numbers, steps: int) -> tuple[Numbers, Number
 
 def symmetric_fit(x: Numbers, weight: Numbers, half: int) -> Numbers:
     """Scale of each group, of either sign: x ≈ scale · code, code from ``-half`` to ``half - 1``."""
+    check_storable(x)
 
     def codes_of(scaled: Numbers) -> Numbers:
         return np.clip(np.rint(scaled), np.float32(-half), np.float32(half - 1))
 
-    return _signed_fit(x, weight, np.float32(-half), SYMMETRIC_TRIALS, codes_of)
+    return _signed_fit(x, weight, np.float32(-half) - SYMMETRIC_TRIALS, codes_of)
 
 
-def level_fit(x: Numbers, weight: Numbers, levels: Numbers) -> Numbers:
-    """Scale of each group, of either sign: x ≈ scale · level, the levels ascending."""
+def level_fit(x: Numbers, importance: Numbers, levels: Numbers) -> Numbers:
+    """Scale of each group, of either sign: x ≈ scale · level, the levels ascending.
+
+    Errors count by importance · √(2 mean(x²) + x²), which llama.cpp takes too: more where numbers are large. The
+    largest number is tried at either end, for the levels are not symmetric.
+    """
+    check_storable(x)
     middles = (levels[1:] + levels[:-1]) * np.float32(0.5)
 
     def codes_of(scaled: Numbers) -> Numbers:
         codes: Numbers = levels[np.searchsorted(middles, scaled)]
         return codes
 
-    return _signed_fit(x, weight, levels[0], LEVEL_TRIALS, codes_of)
+    squares = x * x
+    weight = importance * np.sqrt((sum_in_order(squares) * np.float32(2 / x.shape[1]))[:, None] + squares)
+    return _signed_fit(x, weight, np.concatenate([levels[0] - LEVEL_TRIALS, levels[-1] - LEVEL_TRIALS]), codes_of)
 
 
 def whole_fit(x: Numbers, weight: Numbers, most: int) -> Numbers:
     """Scale of each group, x >= 0: x ≈ scale · code, code from 0 to ``most``."""
+    check_storable(x)
 
     def codes_of(scaled: Numbers) -> Numbers:
         return np.clip(np.rint(scaled), np.float32(0), np.float32(most))
 
-    return _signed_fit(x, weight, np.float32(most), WHOLE_TRIALS, codes_of)
+    return _signed_fit(x, weight, np.float32(most) - WHOLE_TRIALS, codes_of)
 
 
-def _signed_fit(
-    x: Numbers, weight: Numbers, end: np.float32, trials: Numbers, codes_of: Callable[[Numbers], Numbers]
-) -> Numbers:
-    """The scale by which ``codes_of(x / scale)`` explains most; the largest magnitude gets about code ``end``."""
-    check_storable(x)
+def _signed_fit(x: Numbers, weight: Numbers, ends: Numbers, codes_of: Callable[[Numbers], Numbers]) -> Numbers:
+    """The scale by which ``codes_of(x / scale)`` explains most; the largest magnitude gets about code ``ends[i]``."""
     largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)[:, 0]
     best_scale, best_gain = np.zeros_like(largest), np.zeros_like(largest)
-    for trial in trials:
-        inverse = divide(np.float32(end - trial), largest)
+    for end in ends:
+        inverse = divide(end, largest)
         codes = codes_of(x * inverse[:, None])
         weighted = weight * codes
         qx, qq = sum_in_order(weighted * x), sum_in_order(weighted * codes)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from puna.errors import CheckpointError
 from puna.tensor.bits import pack, to_halves
-from puna.tensor.types import quant_type
+from puna.tensor.types import QuantType, quant_type
 from puna.tensor.weight import Weight
 
 _BLOCK = 32
@@ -63,26 +63,33 @@ class Grouped:
         block of 32 columns spans several groups, as with GPTQ's act-order, the numbers are encoded anew as Q8_0; where
         float16 cannot hold the scales, or rows are not whole blocks, as BF16.
         """
-        rows, columns = self.codes.shape
-        if columns % _BLOCK or not _half_holds(self.scales):
-            return encode_rows(name, (rows, columns), "BF16", self.dequantize)
+        shape = (len(self.codes), len(self.groups))
+        kind = grouped_type(self.scales, self.zeros, self.groups, self.bits)
         starts = self.groups[::_BLOCK]
-        if not np.array_equal(np.repeat(starts, _BLOCK), self.groups):
-            return encode_rows(name, (rows, columns), "Q8_0", self.dequantize)
+        if kind.name == "BF16" or not np.array_equal(np.repeat(starts, _BLOCK), self.groups):
+            return encode_rows(name, shape, kind.name, self.dequantize)
         scales, zeros = self.scales[:, starts].reshape(-1, 1), self.zeros[:, starts].reshape(-1, 1)
         codes = self.codes.reshape(-1, _BLOCK)
         if self.bits <= 4:
-            symmetric = bool((zeros == 8).all())
             parts = [to_halves(scales), pack(codes, 4, 16)]
-            if not symmetric:
+            if kind.name == "Q4_1":
                 parts.insert(1, to_halves(scales * -zeros.astype(np.float32)))
-            kind = quant_type("Q4_0" if symmetric else "Q4_1")
         else:
             shifted = codes.astype(np.int16) - zeros
             if shifted.min(initial=0) < -128 or shifted.max(initial=0) > 127:
-                return encode_rows(name, (rows, columns), "Q8_0", self.dequantize)
-            parts, kind = [to_halves(scales), shifted.astype(np.int8).view(np.uint8)], quant_type("Q8_0")
-        return Weight(name, (rows, columns), kind, np.concatenate(parts, axis=1).reshape(rows, -1))
+                return encode_rows(name, shape, "Q8_0", self.dequantize)
+            parts = [to_halves(scales), shifted.astype(np.int8).view(np.uint8)]
+        return Weight(name, shape, kind, np.concatenate(parts, axis=1).reshape(shape[0], -1))
+
+
+def grouped_type(scales: Floats, zeros: NDArray[np.int16], groups: NDArray[np.intp], bits: int) -> QuantType:
+    """The type of ``Grouped.as_weight``, which the codes do not change."""
+    if len(groups) % _BLOCK or not _half_holds(scales):
+        return quant_type("BF16")
+    starts = groups[::_BLOCK]
+    if bits > 4 or not np.array_equal(np.repeat(starts, _BLOCK), groups):
+        return quant_type("Q8_0")
+    return quant_type("Q4_0" if (zeros[:, starts] == 8).all() else "Q4_1")
 
 
 def consecutive_groups(columns: int, groups: int) -> NDArray[np.intp]:
@@ -98,9 +105,7 @@ def encode_rows(name: str, shape: tuple[int, int], type_name: str, rows: Callabl
     Raises CheckpointError naming the tensor where the type cannot hold a number; BF16 stands in for a type whose blocks
     do not fit a row.
     """
-    if shape[1] % quant_type(type_name).block_size:
-        type_name = "BF16"
-    kind = quant_type(type_name)
+    kind = rows_type(shape[1], type_name)
     data = np.empty((shape[0], kind.row_bytes(shape[1])), np.uint8)
     step = max(1, _NUMBERS_AT_ONCE // max(1, shape[1]))
     for start in range(0, shape[0], step):
@@ -110,6 +115,12 @@ def encode_rows(name: str, shape: tuple[int, int], type_name: str, rows: Callabl
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
     return Weight(name, shape, kind, data)
+
+
+def rows_type(columns: int, type_name: str) -> QuantType:
+    """The type of ``encode_rows``."""
+    kind = quant_type(type_name)
+    return quant_type("BF16") if columns % kind.block_size else kind
 
 
 def _half_holds(scales: Floats) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -33,9 +33,14 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The changes of one model's matrices, by their Hugging Face names (``model.layers.0.mlp.up_proj.weight``)."""
+    """The changes of one model's matrices, by their Hugging Face names (``model.layers.0.mlp.up_proj.weight``).
+
+    ``magnitudes``, float32[outputs] by the same names, are of DoRA (Liu et al. 2024): the lengths that the rows of the
+    changed matrix are scaled to. That is no low-rank change any more: such an adapter can only be merged.
+    """
 
     changes: Mapping[str, LowRank]
+    magnitudes: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -53,6 +58,7 @@ class Adapter:
         digest = hashlib.sha256()
         for name, change in sorted(self.changes.items()):
             digest.update(f"{name} {change.a.shape} {change.b.shape} {float(change.scale).hex()}\n".encode())
-            for matrix in (change.a, change.b):
+            magnitude = (self.magnitudes[name],) if name in self.magnitudes else ()
+            for matrix in (change.a, change.b, *magnitude):
                 digest.update(np.ascontiguousarray(matrix, "<f4").data)
         return digest.hexdigest()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +43,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
 
     def dequantize(self) -> NDArray[np.float32]:
         """The numbers as float32 of ``shape``."""
@@ -54,11 +56,30 @@ class Weight:
         """
         if len(self.shape) > 1:
             data = self.data[index]
-            return replace(self, shape=(data.shape[0], *self.shape[1:]), data=data)
+            return Weight(self.name, (data.shape[0], *self.shape[1:]), self.type, data)
         if self.type.block_size > 1:
             raise CheckpointError(f"{self.name}: single numbers of a {self.type.name} vector cannot be taken")
         numbers = self.data.reshape(-1, self.type.block_bytes)[index]
-        return replace(self, shape=(len(numbers),), data=numbers.reshape(-1))
+        return Weight(self.name, (len(numbers),), self.type, numbers.reshape(-1))
 
     def rename(self, name: str) -> Weight:
-        return replace(self, name=name)
+        return Weight(name, self.shape, self.type, self.data)
+
+
+class DeferredWeight(Weight):
+    """A weight that is made when its ``data`` is first asked for, and known by name, shape and type before."""
+
+    make: Callable[[], NDArray[np.uint8]]
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], kind: QuantType, make: Callable[[], NDArray[np.uint8]]
+    ) -> None:
+        """``make`` gives the ``data``."""
+        self.__dict__.update(name=name, shape=shape, type=kind, make=make)
+
+    @cached_property
+    def data(self) -> NDArray[np.uint8]:
+        return Weight(self.name, self.shape, self.type, self.make()).data
+
+    def rename(self, name: str) -> Weight:
+        return DeferredWeight(name, self.shape, self.type, lambda: self.data)

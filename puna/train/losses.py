@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_NUMBERS = 1 << 24  # of logits at once: 64 MB in float32
+_CACHED_NUMBERS = 1 << 19  # 2 MB
 
 
 def prediction_rows(trained: NDArray[np.bool_], seq_starts: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -89,8 +90,31 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, CHUNK_NUMBERS // columns)
+    step = _rows_at_once(rows, columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _rows_at_once(rows: int, columns: int) -> int:
+    return max(1, min(rows, CHUNK_NUMBERS // columns))
+
+
+def _to_gradients(logits: Tensor, targets: Tensor, weights: Tensor, gradients: bool) -> Tensor:
+    """The loss of some rows, [R, V] and [R]; their logits become weight · (softmax - one-hot of the target) if asked.
+
+    So few rows at a time that they stay in the processor's cache from the first pass over them to the last.
+    """
+    loss = torch.zeros((), dtype=weights.dtype, device=logits.device)
+    step = max(1, _CACHED_NUMBERS // logits.shape[1])
+    for start in range(0, len(logits), step):
+        chunk = slice(start, start + step)
+        ids, weight = targets[chunk, None], weights[chunk, None]
+        logprobs = torch.log_softmax(logits[chunk], -1, dtype=weights.dtype)
+        loss -= (weight * logprobs.gather(1, ids)).sum()
+        if gradients:
+            probabilities = logprobs.exp_()
+            probabilities.scatter_add_(1, ids, torch.full_like(weight, -1))
+            torch.mul(probabilities, weight, out=logits[chunk])
+    return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -104,20 +128,20 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if needed[0] else None
         head_gradient = torch.zeros_like(head, dtype=dtype) if needed[1] else None
+        # One buffer for all chunks: fresh memory costs more than the arithmetic does.
+        buffer = hidden.new_empty(_rows_at_once(len(hidden), len(head)), len(head))
         for chunk in _chunks(len(hidden), len(head)):
-            rows, ids, weight = hidden[chunk], targets[chunk, None], weights[chunk, None].to(dtype)
-            logits = F.linear(rows, head).to(dtype)
-            normaliser = torch.logsumexp(logits, -1, keepdim=True)
-            loss += (weight * (normaliser - logits.gather(1, ids))).sum()
-            if not any(needed):
-                continue
-            gradient = logits.sub_(normaliser).exp_()
-            gradient.scatter_add_(1, ids, torch.full_like(weight, -1))
-            gradient = gradient.mul_(weight).to(hidden.dtype)
+            rows = hidden[chunk]
+            logits = torch.mm(rows, head.T, out=buffer[: len(rows)])
+            loss += _to_gradients(logits, targets[chunk], weights[chunk].to(dtype), any(needed))
             if hidden_gradient is not None:
-                torch.mm(gradient, head, out=hidden_gradient[chunk])
-            if head_gradient is not None:
-                head_gradient.addmm_(gradient.T.to(dtype), rows.to(dtype))
+                torch.mm(logits, head, out=hidden_gradient[chunk])
+            if head_gradient is None:
+                continue
+            if head_gradient.dtype == rows.dtype:
+                head_gradient.addmm_(logits.T, rows)
+            else:
+                head_gradient += logits.T @ rows
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.head_dtype = head.dtype
         return loss
@@ -125,8 +149,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden_gradient, head_gradient = ctx.saved_tensors
-        if hidden_gradient is not None:
-            hidden_gradient = (hidden_gradient * gradient).to(hidden_gradient.dtype)
+        if gradient.device.type != "cpu" or gradient != 1:  # usually it is 1, which saves a copy
+            hidden_gradient, head_gradient = (
+                None if g is None else g * gradient.to(g.dtype) for g in (hidden_gradient, head_gradient)
+            )
         if head_gradient is not None:
-            head_gradient = (head_gradient * gradient).to(ctx.head_dtype)
+            head_gradient = head_gradient.to(ctx.head_dtype)
         return hidden_gradient, head_gradient, None, None, None

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from puna.config import ModelConfig
 from puna.errors import TrainingError
 from puna.model import llama
-from puna.ops.protocol import Batch
+from puna.ops.protocol import Batch, Ops
 from puna.ops.torch_ops import NoCache, TorchOps
 from puna.ops.torch_weights import EncodedMatrix, LowRankMatrix, Matrix, dense
 from puna.tensor import Adapter, LowRank, Weight
+from puna.train.parallel import ALONE, Ranks, fill, shard_layer, shard_rest, whole
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -76,6 +77,9 @@ class LlamaModule(nn.Module):
     ``adapted`` are the names of the matrices that LoRA changes. ``recompute`` computes each layer again in the backward
     pass, so that only what is between layers is kept (Chen et al. 2016). Raises TrainingError when nothing would be
     trained.
+
+    Over several ``ranks`` each layer is sharded as soon as it is made, and ``shard`` does the same for the rest. What
+    gives away tensors (``adapter``, ``merged``, …) gathers them then, so that all ranks have to call it together.
     """
 
     def __init__(
@@ -87,22 +91,30 @@ class LlamaModule(nn.Module):
         *,
         recompute: bool = False,
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.ops, self.config, self.method, self.recompute = ops, config, method, recompute
         self._master = torch.promote_types(ops.dtype, torch.float32)
         self._encoded: dict[str, EncodedMatrix] = {}
-        self._tensors, self._names = tensors, tuple(tensors)
-        self.adapted: tuple[str, ...] = ()
+        self._tensors, self._names, self._ranks = tensors, tuple(tensors), ranks
         self._unchanged = False
-        frozen = re.compile(method.frozen) if isinstance(method, Full) and method.frozen is not None else None
-        for name in self._names:
-            trained = isinstance(method, Full) and not (frozen and frozen.search(name))
-            self._add(name, self._trained(tensors[name]) if trained else self._frozen(tensors[name]))
-        if isinstance(method, LoRA):
-            self._add_adapter(method, seed)
+        targets = method.targets if isinstance(method, LoRA) else ()
+        self.adapted = tuple(name for name in self._names if _is_target(name, targets))
+        generator = torch.Generator().manual_seed(seed)
+        self._layers = [_Layer() for _ in range(config.num_hidden_layers)]
+        for number, layer in enumerate(self._layers):
+            self._add(f"model.layers.{number}", layer)
+            layer.names = tuple(name for name in self._names if name.startswith(f"model.layers.{number}."))
+            self._add_weights(layer.names, generator)
+            shard_layer(layer, ranks)
+        self._add_weights([name for name in self._names if not name.startswith("model.layers.")], generator)
         if not any(p.requires_grad for p in self.parameters()):
             raise TrainingError("every weight is frozen, so nothing would be trained; freeze fewer")
+
+    def shard(self) -> None:
+        """Spread over the ranks what is not yet, once all parameters have been added and before any is used."""
+        shard_rest(self, ("hidden",), self._ranks)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [R, V] of the rows that the batch of whole documents asks for."""
@@ -114,7 +126,7 @@ class LlamaModule(nn.Module):
         return self._hidden(self.weights(), batch)
 
     def head(self) -> Tensor:
-        """The head [V, D] in numbers, with gradients where it is trained."""
+        """The head [V, D] in numbers, with gradients where it is trained. Where it is sharded: after ``hidden``."""
         name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         return self.ops.dense(self._matrix(name))
 
@@ -153,9 +165,8 @@ class LlamaModule(nn.Module):
             assert isinstance(w, LowRankMatrix)
             if change.rank != len(w.a):
                 raise TrainingError(f"{name}: the adapter has rank {change.rank}, but the recipe has {len(w.a)}")
-            with torch.no_grad():
-                w.a.copy_(torch.from_numpy(change.a))
-                w.b.copy_(torch.from_numpy(change.b * np.float32(change.scale / w.scale)))
+            fill(w.a, torch.from_numpy(change.a))
+            fill(w.b, torch.from_numpy(change.b * np.float32(change.scale / w.scale)))
 
     @property
     def tensors(self) -> Mapping[str, Weight]:
@@ -176,11 +187,25 @@ class LlamaModule(nn.Module):
         return _Trained(self)
 
     def _hidden(self, weights: llama.Weights, batch: Batch) -> Tensor:
-        call: Callable[..., Any] = llama.run_block
-        if self.recompute and torch.is_grad_enabled():
-            call = _recomputed
-        hidden: Tensor = llama.hidden(self.ops, self.config, weights, batch, NoCache(self.config.head_dim), call)
+        kv = NoCache(self.config.head_dim)
+        hidden: Tensor = llama.hidden(self.ops, self.config, weights, batch, kv, self._call_layer)
         return hidden
+
+    def _call_layer(
+        self, ops: Ops, config: ModelConfig, _: llama.Block, x: Tensor, angles: Any, layer: int, *rest: Any
+    ) -> Tensor:
+        found: Tensor = self._layers[layer](self._run_layer, x, angles, layer, *rest)
+        return found
+
+    def _run_layer(self, x: Tensor, *arguments: Any) -> Tensor:
+        """Within the layer's call, for its weights are whole only there."""
+        layer = arguments[1]
+        block = llama.bind_block({name: self._matrix(name) for name in self._layers[layer].names}, layer)
+        run: Callable[..., Any] = llama.run_block
+        if self.recompute and torch.is_grad_enabled():
+            run = _recomputed
+        found: Tensor = run(self.ops, self.config, block, x, *arguments)
+        return found
 
     def _trained(self, weight: Weight) -> nn.Parameter:
         return nn.Parameter(self.ops.numbers(weight, self._master).clone())
@@ -192,28 +217,37 @@ class LlamaModule(nn.Module):
             uploaded = uploaded.data
         return nn.Parameter(uploaded, requires_grad=False)
 
-    def _add(self, name: str, parameter: nn.Parameter) -> None:
+    def _add(self, name: str, part: nn.Parameter | nn.Module) -> None:
         """Under a name with dots: a tree of modules, as torch's tools expect."""
         *path, last = name.split(".")
         place: nn.Module = self
-        for part in path:
-            if part not in dict(place.named_children()):
-                place.add_module(part, nn.Module())
-            place = place.get_submodule(part)
-        place.register_parameter(last, parameter)
+        for step in path:
+            if step not in dict(place.named_children()):
+                place.add_module(step, nn.Module())
+            place = place.get_submodule(step)
+        if isinstance(part, nn.Module):
+            place.add_module(last, part)
+        else:
+            place.register_parameter(last, part)
 
-    def _add_adapter(self, method: LoRA, seed: int) -> None:
-        self.adapted = tuple(name for name in self._names if _is_target(name, method.targets))
-        generator = torch.Generator().manual_seed(seed)
-        for name in self.adapted:
-            base, module = self._base(name), name.removesuffix(".weight")
-            rows, columns = base.shape
-            a = (torch.rand(method.rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
-            parameters = {"lora_A.weight": a, "lora_B.weight": torch.zeros(rows, method.rank)}
-            if method.dora:
-                parameters["lora_magnitude_vector"] = torch.linalg.vector_norm(dense(base, self._master), dim=1)
-            for key, value in parameters.items():
-                self._add(f"{module}.{key}", nn.Parameter(value.to(self.ops.device, self._master)))
+    def _add_weights(self, names: Sequence[str], generator: torch.Generator) -> None:
+        """With what LoRA adds to them."""
+        method = self.method
+        for name in names:
+            trained = isinstance(method, Full) and not (method.frozen is not None and re.search(method.frozen, name))
+            self._add(name, self._trained(self._tensors[name]) if trained else self._frozen(self._tensors[name]))
+            if isinstance(method, LoRA) and name in self.adapted:
+                self._add_adapter(name, method, generator)
+
+    def _add_adapter(self, name: str, method: LoRA, generator: torch.Generator) -> None:
+        base, module = self._base(name), name.removesuffix(".weight")
+        rows, columns = base.shape
+        a = (torch.rand(method.rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
+        parameters = {"lora_A.weight": a, "lora_B.weight": torch.zeros(rows, method.rank)}
+        if method.dora:
+            parameters["lora_magnitude_vector"] = torch.linalg.vector_norm(dense(base, self._master), dim=1)
+        for key, value in parameters.items():
+            self._add(f"{module}.{key}", nn.Parameter(value.to(self.ops.device, self._master)))
 
     def _base(self, name: str) -> Tensor | EncodedMatrix:
         parameter = self.get_parameter(name)
@@ -236,8 +270,18 @@ class LlamaModule(nn.Module):
 
     def _merged_tensor(self, name: str) -> Weight:
         if name in self.adapted or self.get_parameter(name).requires_grad:
-            return Weight.from_array(name, _host(dense(self._matrix(name), self._master)))
+            return Weight.from_array(name, _host(dense(_whole(self._matrix(name)), self._master)))
         return self._tensors[name]
+
+
+class _Layer(nn.Module):
+    """The parameters of one layer, which are called ``names``. It is called to run the layer, for what shards modules
+    gathers their parameters before they are called."""
+
+    names: tuple[str, ...] = ()
+
+    def forward(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return run(*arguments)
 
 
 class _Trained(Mapping[str, Weight]):
@@ -260,10 +304,20 @@ def _is_target(name: str, targets: tuple[str, ...]) -> bool:
     return name.endswith(".weight") and name.split(".")[-2] in targets
 
 
+def _whole(w: Any) -> Any:
+    """A matrix whose parts are gathered."""
+    if isinstance(w, Tensor):
+        return whole(w)
+    parts = {field.name: getattr(w, field.name) for field in fields(w)}
+    return replace(
+        w, **{name: _whole(part) for name, part in parts.items() if isinstance(part, (Tensor, EncodedMatrix))}
+    )
+
+
 def _recomputed(*arguments: Any) -> Tensor:
     x: Tensor = checkpoint(llama.run_block, *arguments, use_reentrant=False)
     return x
 
 
 def _host(x: Tensor) -> Any:
-    return x.detach().to("cpu", torch.float32).numpy().copy()
+    return whole(x.detach()).to("cpu", torch.float32).numpy().copy()

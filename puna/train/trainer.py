@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,7 +24,9 @@ from puna.errors import TrainingError
 from puna.ops.torch_ops import document_batch
 from puna.train.losses import cross_entropy, prediction_rows
 from puna.train.module import LlamaModule
-from puna.train.training_state import TrainingState, newest_state, save_state
+from puna.train.optimizers import make_optimizer
+from puna.train.parallel import ALONE, Ranks, add_sums, release, whole
+from puna.train.training_state import TrainingState, newest_state, save_state, shapes_of, shared_out
 
 
 class Pack(Protocol):
@@ -52,7 +55,24 @@ class Objective(Protocol):
         """How many things a micro-batch adds to the mean."""
 
     def loss(self, module: LlamaModule, micro_batch: Any, total: int) -> Tensor:
-        """Its part of the mean over ``total`` things: the sum of their losses / total."""
+        """Its part of the mean over ``total`` things: the sum of their losses / total.
+
+        Every micro-batch must run the module as often as any other: several ranks gather its weights together.
+        """
+
+
+class Metrics(Protocol):
+    """Other means, which an objective measures while it computes its loss."""
+
+    def take(self) -> dict[str, tuple[float, int]]:
+        """The sum and the count of each, by name, since the last call."""
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """An objective that has them."""
+
+    metrics: Metrics
 
 
 class NextToken:
@@ -94,6 +114,7 @@ class Settings:
     evaluate_every: int = 100
     keep: int = 2
     seed: int = 0
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         """Raises TrainingError for a value that makes no sense."""
@@ -118,7 +139,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step, numbered from 1: its mean loss, of how many things, and the length of the gradient before clipping."""
+    """One step, numbered from 1: its mean loss, of how many things, and the length of the gradient before clipping.
+
+    ``metrics`` are what the objective measures, ``seconds`` how long the step took, its data included.
+    """
 
     step: int
     loss: float
@@ -126,12 +150,16 @@ class StepReport:
     learning_rate: float
     gradient_norm: float
     validation_loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
 
 
 class Trainer:
-    """Trains a module and keeps its state under ``folder``. Seeds torch's global random numbers at every step.
+    """Trains a module and keeps its state under ``folder``. Seeds torch's global random numbers in every step.
 
-    ``run`` goes on from the newest state in the folder. Raises TrainingError when that is of another module.
+    ``run`` goes on from the newest state in the folder. Raises TrainingError when that is of another module. Over
+    several ``ranks``, whose module was made with them, each takes its share of a step's micro-batches; all of them read
+    the whole stream, and only the first reports.
     """
 
     def __init__(
@@ -142,37 +170,45 @@ class Trainer:
         settings: Settings,
         folder: Path,
         validation: Sequence[Any] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
+        if ranks.count > 1 and settings.optimizer == "adamw8bit":
+            # Its blocks of numbers with one scale do not end where the ranks' rows do.
+            raise TrainingError("several processes share out the state of adamw and not of adamw8bit; choose adamw")
+        module.shard()
         self.module, self.objective, self.stream, self.settings = module, objective, stream, settings
-        self.folder, self.validation = folder, validation
+        self.folder, self.validation, self.ranks = folder, validation, ranks
         self.step = 0
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        matrices = [p for p in self._parameters.values() if p.ndim > 1]
-        vectors = [p for p in self._parameters.values() if p.ndim <= 1]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=settings.learning_rate,
+        self._optimizer = make_optimizer(
+            settings.optimizer,
+            self._parameters,
             betas=settings.betas,
-            eps=settings.epsilon,
-            fused=True,
+            epsilon=settings.epsilon,
+            weight_decay=settings.weight_decay,
         )
 
-    def run(self, on_step: Callable[[StepReport], None] = lambda report: None) -> None:
-        """Train to the end, or to the end of the stream.
+    def run(self, on_step: Callable[[StepReport], object] = lambda report: None) -> None:
+        """Train to the end, or to the end of the stream, or until ``on_step`` returns True.
 
         Raises TrainingError when a loss or gradient is no longer a finite number: the model is then as before that
         step, and the step's micro-batches lie in the folder, as ``failed-step-N.npz``.
         """
         self._resume()
-        saved = self.step
-        while self.step < self.settings.steps and (micro_batches := self._next_batches()):
+        saved, ended = self.step, False
+        while not ended and self.step < self.settings.steps:
+            started = time.perf_counter()
+            micro_batches = self._next_batches()
+            if not micro_batches:
+                break
             report = self._train(micro_batches)
-            ended = self.step == self.settings.steps
-            if self.validation and (ended or self.step % self.settings.evaluate_every == 0):
-                validation_loss = evaluate(self.module, self.objective, self.validation)
-                report = dataclasses.replace(report, validation_loss=validation_loss)
-            on_step(report)
-            if ended or self.step % self.settings.save_every == 0:
+            report = dataclasses.replace(report, seconds=time.perf_counter() - started)
+            last = self.step == self.settings.steps
+            if self.validation and (last or self.step % self.settings.evaluate_every == 0):
+                loss, metrics = _evaluated(self.module, self.objective, self.validation, self.ranks)
+                report = dataclasses.replace(report, validation_loss=loss, metrics={**report.metrics, **metrics})
+            ended = self.ranks.tell(self.ranks.first and on_step(report) is True)
+            if ended or last or self.step % self.settings.save_every == 0:
                 self._save(report.validation_loss)
                 saved = self.step
         if saved < self.step:
@@ -190,26 +226,20 @@ class Trainer:
 
     def _train(self, micro_batches: Sequence[Any]) -> StepReport:
         settings, rate = self.settings, self.settings.rate(self.step)
-        torch.manual_seed(settings.seed * 1_000_003 + self.step)
         self.module.train()
-        count, loss = sum(map(self.objective.count, micro_batches)), 0.0
-        for micro_batch in micro_batches:
-            part = self.objective.loss(self.module, micro_batch, count)
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.item()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), settings.clip).item()
+        seed = (settings.seed * 1_000_003 + self.step) * settings.accumulate
+        loss, count, metrics = _pass(self.module, self.objective, micro_batches, self.ranks, seed)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters.values(), settings.clip)).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._failure(micro_batches, loss, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step(rate)
+        self._optimizer.zero_grad()
         self.step += 1
-        return StepReport(self.step, loss, count, rate, norm)
+        return StepReport(self.step, loss, count, rate, norm, metrics=metrics)
 
     def _failure(self, micro_batches: Sequence[Any], loss: float, norm: float) -> TrainingError:
         """Keeps all arrays of the micro-batches for study."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         arrays = {
             f"{number}.{name}": value
             for number, micro_batch in enumerate(micro_batches)
@@ -217,51 +247,74 @@ class Trainer:
             if isinstance(value, np.ndarray)
         }
         path = self.folder / f"failed-step-{self.step + 1}.npz"
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+        if self.ranks.first:
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
         return TrainingError(
             f"step {self.step + 1} gave a loss of {loss} and a gradient of length {norm}, so training stopped; "
             f"its data lies in {path}. Try a lower learning rate or a longer warmup, or look for damaged data"
         )
 
     def _save(self, validation_loss: float | None) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self._parameters.items():
-            moments = self._optimizer.state[parameter]
-            tensors |= {name: parameter.detach(), f"{name}:mean": moments["exp_avg"]}
-            tensors[f"{name}:variance"] = moments["exp_avg_sq"]
+        tensors = {name: parameter.detach() for name, parameter in self._parameters.items()} | self._optimizer.state()
         state = TrainingState(self.step, self.stream.state(), validation_loss, tensors)
-        save_state(self.folder, state, self.settings.keep)
+        save_state(self.folder, state, self.settings.keep, self.ranks)
 
     def _resume(self) -> None:
         state = newest_state(self.folder)
         if state is None:
             return
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.tensors.items() if ":" not in name}
-        if found != shapes:
+        if {name: shape for name, shape in shapes_of(state.tensors).items() if ":" not in name} != shapes:
             raise TrainingError(
                 f"{self.folder} holds the state of another training: its trained tensors differ; continue with the "
                 "same recipe, or choose another folder"
             )
-        for name, parameter in self._parameters.items():
-            with torch.no_grad():
-                parameter.copy_(state.tensors[name])
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step), device=parameter.device),
-                "exp_avg": state.tensors[f"{name}:mean"].to(parameter.device),
-                "exp_avg_sq": state.tensors[f"{name}:variance"].to(parameter.device),
-            }
+        tensors = shared_out(state.tensors, self._parameters)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[name])
+        self._optimizer.restore(state.step, tensors)
         self.stream.restore(state.stream)
         self.step = state.step
 
 
-def evaluate(module: LlamaModule, objective: Objective, micro_batches: Sequence[Any]) -> float:
-    """The mean loss over all of them, without dropout."""
+def evaluate(module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks = ALONE) -> float:
+    """The mean loss over all of them, without dropout; each rank takes its share."""
+    return _evaluated(module, objective, micro_batches, ranks)[0]
+
+
+def _evaluated(
+    module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks
+) -> tuple[float, dict[str, float]]:
+    module.shard()
     training = module.training
     module.eval()
-    total = sum(map(objective.count, micro_batches))
     with torch.no_grad():
-        loss = sum(objective.loss(module, micro_batch, total).item() for micro_batch in micro_batches)
+        loss, _, metrics = _pass(module, objective, micro_batches, ranks, None)
+    release(module)
     module.train(training)
-    return loss
+    return loss, metrics
+
+
+def _pass(
+    module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks, seed: int | None
+) -> tuple[float, int, dict[str, float]]:
+    """All ranks' mean loss, of how many things, and what else the objective measures.
+
+    With a ``seed`` gradients are made. It is the micro-batch's, not the rank's: dropout is the same on any number.
+    """
+    count, loss = sum(map(objective.count, micro_batches)), 0.0
+    measured: dict[str, tuple[float, int]] = {}
+    for number, micro_batch, counts in ranks.passes(micro_batches):
+        if seed is not None:
+            torch.manual_seed(seed + number)
+        part = objective.loss(module, micro_batch, count) * float(counts)
+        if seed is not None:
+            part.backward()  # type: ignore[no-untyped-call]
+        loss += part.item()
+        taken = objective.metrics.take() if isinstance(objective, Measuring) else {}
+        if counts:
+            measured = add_sums(measured, taken)
+    measured = ranks.sums(measured)
+    return ranks.sum(loss), count, {name: total / number for name, (total, number) in measured.items() if number}

@@ -1,6 +1,7 @@
 """Floors, the limits they rest on, and the plot."""
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,11 @@ def test_floors_by_hand() -> None:
     deep = floor(Row("", "", "decode", 0, depth=10**6), MODEL, LIMITS)  # as many bytes of cache as of weights
     assert deep.tokens_per_second == pytest.approx(5)
     assert floor(Row("", "", "prefill", 100), MODEL, LIMITS).tokens_per_second == pytest.approx(500, rel=0.01)
+    floats = replace(MODEL, quantized=False, bfloat16=True)  # a bfloat16 instruction multiplies twice as many numbers
+    prefills = [
+        floor(Row("", "", "prefill", 10**4), floats, replace(LIMITS, isa=isa)) for isa in ("avx512", "avx512bf16")
+    ]
+    assert prefills[1].tokens_per_second == pytest.approx(2 * prefills[0].tokens_per_second)
 
 
 def test_costs_of_a_model(tmp_path: Path) -> None:

@@ -374,13 +374,13 @@ def test_every_layout_gives_back_the_numbers(
     codes = rng.integers(0, 1 << bits, shape).astype(np.uint8)
     matrix = Grouped(codes, scales, zeros.astype(np.int16), groups, bits)
     expected = matrix.as_weight("m.weight").dequantize()
-    stored = {"gptq": gptq_tensors_of("m", matrix)}
+    stored = {"gptq": gptq_tensors_of("m", matrix, 1), "gptq_v2": gptq_tensors_of("m", matrix, 0)}
     if columns % count == 0 and (size == -1 or columns % size == 0):
         stored["compressed-tensors"] = packed_tensors("m", matrix)
         if bits == 4:
             stored["awq"] = awq_tensors("m", matrix)
     for method, tensors in stored.items():
-        config = {"quant_method": method, "bits": bits, "group_size": size, "format": None}
-        config["format"] = "pack-quantized" if method == "compressed-tensors" else "gptq"
+        config = {"quant_method": method.removesuffix("_v2"), "bits": bits, "group_size": size}
+        config["format"] = "pack-quantized" if method == "compressed-tensors" else method
         weight = read(config, {tensor.name: tensor for tensor in tensors})
         np.testing.assert_array_equal(weight.dequantize(), expected)

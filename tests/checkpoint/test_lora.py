@@ -153,7 +153,8 @@ class TestPeft:
             ("embed_tokens.lora_A.weight", (3, 64), "changes model.embed_tokens"),
             ("embed_tokens.lora_embedding_A", (3, 64), "not of a LoRA on a linear layer"),
             ("embed_tokens.weight", (256, 64), "not of a LoRA on a linear layer"),
-            ("layers.0.mlp.up_proj.lora_magnitude_vector", (96,), "not of a LoRA on a linear layer"),
+            ("layers.0.mlp.up_proj.lora_magnitude_vector", (96,), "up_proj lacks lora_A"),
+            ("layers.0.self_attn.q_proj.lora_magnitude_vector", (64,), "q_proj has a .* without DoRA"),
         ],
     )
     def test_tensors_that_do_not_fit(self, tmp_path: Path, name: str, shape: Any, message: str) -> None:

@@ -16,7 +16,6 @@ from puna.checkpoint import save_checkpoint
 from puna.errors import StoreError
 from puna.evaluate.html import pareto, report_page
 from puna.evaluate.limits import LIMITS, drift, largest_divergence
-from puna.evaluate.plots import Point, plot
 from puna.evaluate.report import Divergence, ModelFacts, Report, TextFacts
 from puna.evaluate.sides import tensor_types
 from puna.evaluate.store import forget_report, load_report, report_beside, save_report, siblings
@@ -156,16 +155,6 @@ def test_nothing_beats_the_front(points: list[tuple[int, float]]) -> None:
     for a, b in pairwise(front):
         assert a.derived.bytes < b.derived.bytes
         assert a.kl.mean > b.kl.mean
-
-
-@given(st.lists(st.tuples(st.floats(-1e9, 1e9), st.floats(0, 1e9)), min_size=1, max_size=8), st.booleans())
-def test_every_plot_is_well_formed(values: list[tuple[float, float]], logarithmic: bool) -> None:
-    points = [Point(x, y, "<&>") for x, y in values]
-    picture = ElementTree.fromstring(plot(points, "a<b", "c&d", logarithmic=logarithmic, line=points))
-    for dot in picture.iter("circle"):
-        assert -1 <= float(dot.get("cx", "nan")) <= 641
-        assert -1 <= float(dot.get("cy", "nan")) <= 301
-    assert len(list(picture.iter("line"))) < 60
 
 
 @pytest.fixture

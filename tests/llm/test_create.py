@@ -3,16 +3,25 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from lora_files import write_peft
+from tiny_models import random_adapter
 
 from puna import LLM
 from puna.chat.go_template import GoTemplate
+from puna.checkpoint import open_checkpoint, save_checkpoint
+from puna.checkpoint.lora_writer import merge
 from puna.errors import CheckpointError, PunaError, RequestError, StoreError, TemplateError
+from puna.gguf_file import read_gguf
 from puna.llm.create import create, create_from_modelfile, modelfile_of, read_modelfile
-from puna.store import Manifest, Store, import_file, resolve_stored
+from puna.quantize import QuantizeSettings, quantize, quantizer
+from puna.store import Lineage, Manifest, Store, import_file, resolve_stored
 from puna.store.modelfile import parse_modelfile
 
 TEMPLATE = "{{ range .Messages }}[{{ .Role }}] {{ .Content }}\n{{ end }}[assistant]"
+
+IDS = [1, 403, 407, 261, 378]
 
 
 class Told:
@@ -81,7 +90,7 @@ ADAPTER ./{peft.name}
         "adapter_model.safetensors",
     ]
 
-    with LLM.load(resolve_stored(made, store)) as llm:
+    with LLM.load(resolve_stored(made, store), adapters=False) as llm:
         assert isinstance(llm.template, GoTemplate)
         assert llm.context_length == 64
         assert (llm.sampling().temperature, llm.sampling().max_tokens, llm.sampling().stop) == (0, 3, ("Lily",))
@@ -90,6 +99,33 @@ ADAPTER ./{peft.name}
         own = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Go"}]
         assert llm.prompt(own).text.startswith("[system] Be short.\n[user] Who?\n")
         assert len(llm.chat([{"role": "user", "content": "Go"}]).token_ids) <= 3
+
+
+def test_a_single_adapter_is_part_of_the_model(store: Store, tmp_path: Path) -> None:
+    """All that the model says and scores is the adapter's, as if one had named it."""
+    bare = resolve_stored(store.find("stories"), store)
+    with LLM.load(bare) as llm:
+        adapter = random_adapter(llm.config, 4, seed=1, size=0.02)
+        llm.load_adapter("named", write_peft(tmp_path / "tuned", adapter))
+        expected = llm.generate("Once", temperature=0, max_tokens=20, adapter="named").text
+        plain = llm.logits(IDS)
+        merged_model = merge(open_checkpoint(bare.path), adapter)
+    save_checkpoint(merged_model, tmp_path / "merged", "safetensors", "F32")
+    with LLM.load(tmp_path / "merged") as merged:
+        logits, score, embedding = merged.logits(IDS), merged.score("Once", " upon"), merged.embed("Once upon a time")
+    create(store, "one", from_="stories", adapters=[tmp_path / "tuned"])
+    with LLM.load(resolve_stored(store.find("one"), store)) as llm:
+        assert llm.generate("Once", temperature=0, max_tokens=20).text == expected
+        assert np.abs(llm.logits(IDS) - plain).max() > 0.5
+        np.testing.assert_allclose(llm.logits(IDS), logits, atol=0.05)
+        assert llm.score("Once", " upon").logprob == pytest.approx(score.logprob, abs=0.02)
+        np.testing.assert_allclose(llm.embed("Once upon a time"), embedding, atol=0.01)
+    create(store, "two", from_="stories", adapters=[tmp_path / "tuned", tmp_path / "tuned"])
+    with LLM.load(resolve_stored(store.find("two"), store)) as llm:
+        assert list(llm.adapters) == ["tuned", "tuned-2"]
+        np.testing.assert_array_equal(llm.logits(IDS), plain)
+    with LLM.load(resolve_stored(store.find("one"), store), adapters=False) as llm:
+        np.testing.assert_array_equal(llm.logits(IDS), plain)
 
 
 def test_children_inherit_and_override(store: Store) -> None:
@@ -178,3 +214,46 @@ def test_what_show_prints_makes_the_model_again(store: Store, peft: Path) -> Non
         return [manifest.files, manifest.template, manifest.parameters, manifest.messages, adapters]
 
     assert facts(again) == facts(made)
+
+
+def test_quantized_weights_are_those_of_quantize(store: Store, weights: Path, tmp_path: Path) -> None:
+    """From a stored model, a folder and blobs alike; what goes with the weights is kept."""
+    quantize(weights / "stories260K.gguf", tmp_path / "expected.gguf", QuantizeSettings(mix="Q4_K_M"))
+    expected = read_gguf(tmp_path / "expected.gguf").tensors
+    create(store, "mine", from_="stories", system="Short.", license="Free.")
+    sent = store.find("stories").files[0]
+    for number, base in enumerate(
+        ({"from_": "mine"}, {"from_": weights / "hf"}, {"files": {"a.gguf": f"sha256:{sent.sha256}"}})
+    ):
+        made = create(store, f"small{number}", **base, quantize=quantizer("q4_K_M"))
+        tensors = read_gguf(store.path_of(made)).tensors
+        assert {name: weight.type for name, weight in tensors.items()} == {n: w.type for n, w in expected.items()}
+        assert all(np.array_equal(tensors[name].data, weight.data) for name, weight in expected.items())
+    small = store.find("small0")
+    assert (small.system, small.licence_texts) == ("Short.", ("Free.",))
+    assert (small.lineage, small.report) == (Lineage("mine:latest", "quantize"), None)
+    assert not list(store.blobs.partial.iterdir())
+    assert store.verify() == []
+
+
+def test_quantizing_that_was_cut_off_is_continued(store: Store) -> None:
+    class Interrupted(Told):
+        def transfer(self, label: str, done: int, total: int, speed: float) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        create(store, "small", from_="stories", quantize=quantizer("Q8_0"), progress=Interrupted())
+    assert {manifest.name for manifest in store.models()} == {"stories"}
+    assert any(path.name.endswith(".gguf.part") for path in store.blobs.partial.iterdir())
+    create(store, "small", from_="stories", quantize=quantizer("Q8_0"))
+    assert not list(store.blobs.partial.iterdir())
+
+
+def test_what_is_quantized_already_is_refused(store: Store) -> None:
+    create(store, "small", from_="stories", quantize=quantizer("Q8_0"))
+    with pytest.raises(RequestError, match="quantization is only supported for F16 and F32 models"):
+        create(store, "smaller", from_="small", quantize=quantizer("Q4_0"))
+    with pytest.raises(RequestError, match="unknown quantization type 'Q9_0'"):
+        quantizer("Q9_0")
+    assert {manifest.name for manifest in store.models()} == {"small", "stories"}
+    assert not list(store.blobs.partial.iterdir())

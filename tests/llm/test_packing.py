@@ -71,6 +71,32 @@ def test_every_instruction_set_makes_and_reads_the_same_file(model_file: Path) -
     assert len(files) == 1
 
 
+def test_a_file_in_a_chosen_place_is_used_where_it_is_named(model_file: Path, tmp_path: Path) -> None:
+    found, out = resolve(model_file), tmp_path / "elsewhere"
+    expected = logits(found)
+    assert pack_model(found, NativeOps(threads=1), out) == out
+    assert not found.packed.exists()
+    checkpoint = open_checkpoint(model_file)
+    model = bind_model(NativeOps(threads=1), found, checkpoint, packed=out)
+    assert model.weights.blocks[1].q.source is None
+    assert np.array_equal(scoring.logits(model, IDS, None), expected)
+    with pytest.raises(RequestError, match="the reference ops use no packed file"):
+        bind_model(ReferenceOps(), found, checkpoint, packed=out)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        bind_model(NativeOps(threads=1), found, checkpoint, packed=tmp_path / "nowhere")
+    os.utime(model_file, ns=(1, 1))
+    with pytest.raises(CheckpointError, match="the model has changed since"):
+        bind_model(NativeOps(threads=1), found, checkpoint, packed=out)
+    assert pack_model(found, NativeOps(threads=1), out) == out  # a packed file may be replaced
+
+
+def test_no_other_file_is_written_over(model_file: Path) -> None:
+    before = model_file.read_bytes()
+    with pytest.raises(RequestError, match="no packed file; choose another name"):
+        pack_model(resolve(model_file), NativeOps(threads=1), model_file)
+    assert model_file.read_bytes() == before
+
+
 def test_a_changed_model_is_packed_as_if_there_were_no_file(model_file: Path) -> None:
     found = resolve(model_file)
     pack_model(found, NativeOps(threads=1))

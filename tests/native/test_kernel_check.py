@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernel_reference import FLOATS, TYPES, block_of, decoded, dense, quantized, random_weight
+from kernel_reference import FLOATS, TYPES, as_bfloat16, block_of, decoded, dense, quantized, random_weight
 
 from puna.ops.protocol import SamplingRow
 from puna.ops.reference_sampling import sample_rows
@@ -22,7 +22,7 @@ from puna.tensor import QUANT_TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 ARM_ISAS = ("neon", "portable")
-HOST_ISAS = ARM_ISAS if platform.machine() == "aarch64" else ("avx512", "avx2", "portable")
+HOST_ISAS = ARM_ISAS if platform.machine() == "aarch64" else ("avx512bf16", "avx512", "avx2", "portable")
 TARGETS = [("host", isa) for isa in HOST_ISAS] + [("aarch64", isa) for isa in ARM_ISAS]
 LINEAR, DECODE_ROWS, RMS_NORM, ROPE, SWIGLU, ATTEND, SAMPLE, LOW_RANK = range(8)  # kOperations of kernel_check.cpp
 ARM = [
@@ -51,6 +51,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def linear_case(name: str, rows: int, x: np.ndarray, codes: tuple[int, ...] = ()) -> Case:
+    x = as_bfloat16(x) if name == "BF16" else x  # some instruction sets round so
     weight = random_weight(name, rows, x.shape[1], codes=codes)
     inputs, w = x.astype(np.float64) if name in FLOATS else quantized(x), decoded(weight)
     shape = (weight.type.gguf_id, *weight.shape, len(x))

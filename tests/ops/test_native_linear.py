@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_reference import FLOATS, TYPES, block_of, decoded, quantized, random_weight
+from kernel_reference import FLOATS, TYPES, as_multiplied, block_of, decoded, random_weight
 
 from puna.errors import RequestError
 from puna.tensor import QUANT_TYPES, Weight
@@ -29,8 +29,8 @@ def ops(request: pytest.FixtureRequest) -> NativeOps:
 
 
 def assert_formula(ops: NativeOps, weight: Weight, x: np.ndarray) -> None:
-    """The product with quantized activations, to float32 rounding of the sum's terms."""
-    inputs = x.astype(np.float64) if weight.type.name in FLOATS else quantized(x)
+    """The product with rounded activations, to float32 rounding of the sum's terms."""
+    inputs = as_multiplied(x, weight.type.name, ops.isa)
     w = decoded(weight)
     difference = np.abs(ops.linear(x, ops.weight(weight)) - inputs @ w.T)
     magnitude = np.abs(inputs) @ np.abs(w).T + 1e-30
@@ -64,7 +64,7 @@ def test_extreme_codes_do_not_overflow(ops: NativeOps, name: str) -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_close_to_the_unquantized_product(ops: NativeOps, name: str) -> None:
-    """Rounding Gaussian activations to int8 in groups of 32 costs about 0.6 % of the result's size."""
+    """Rounding Gaussian activations to int8 in groups of 32 costs 0.6 % of the result's size, to bfloat16 0.2 %."""
     rng = np.random.default_rng(3)
     values = rng.standard_normal((64, 1024), np.float32)
     kind = QUANT_TYPES[name]
@@ -72,7 +72,7 @@ def test_close_to_the_unquantized_product(ops: NativeOps, name: str) -> None:
     x = rng.standard_normal((9, 1024), np.float32)
     expected = x.astype(np.float64) @ decoded(weight).T
     error = ops.linear(x, ops.weight(weight)) - expected
-    limit = 1e-6 if name in FLOATS else 0.012
+    limit = 0.012 if name not in FLOATS else 0.002 if (name, ops.isa) == ("BF16", "avx512bf16") else 1e-6
     assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < limit
 
 
@@ -102,9 +102,20 @@ def test_avx2_and_avx512_give_the_same_bits(name: str) -> None:
     np.testing.assert_array_equal(wide, narrow)
 
 
+@pytest.mark.skipif("avx512bf16" not in ISAS, reason="this machine has no AVX512-BF16, or a slow one")
+@pytest.mark.parametrize("name", [name for name in TYPES if name != "BF16"])
+def test_bfloat16_products_are_for_bfloat16_weights_alone(name: str) -> None:
+    weight = random_weight(name, 40, 768)
+    x = np.random.default_rng(5).standard_normal((14, 768), np.float32)
+    with_them, without = (
+        ops.linear(x, ops.weight(weight)) for ops in (NativeOps(1, "avx512bf16"), NativeOps(1, "avx512"))
+    )
+    np.testing.assert_array_equal(with_them, without)
+
+
 def test_linears_of_mixed_types_equal_one_at_a_time(ops: NativeOps) -> None:
     rng = np.random.default_rng(6)
-    names = ("Q4_K", "Q6_K", "Q8_0", "F16", "Q4_0", "Q2_K", "IQ4_XS")
+    names = ("Q4_K", "Q6_K", "Q8_0", "F16", "Q4_0", "BF16", "Q2_K", "IQ4_XS")
     weights = [ops.weight(random_weight(name, 20 + 7 * i, 512, seed=i)) for i, name in enumerate(names)]
     biases = [rng.standard_normal(w.shape[0]).astype(np.float32) if i % 2 else None for i, w in enumerate(weights)]
     for tokens in (1, 6, 100):
@@ -130,14 +141,15 @@ def test_no_tokens(ops: NativeOps) -> None:
     assert out.shape == (0, 20)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "BF16"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_bad_activation_shows_in_its_row_and_no_other(ops: NativeOps, bad: float) -> None:
-    w = ops.weight(random_weight("Q4_0", 20, 128))
+def test_a_bad_activation_shows_in_its_row_and_no_other(ops: NativeOps, name: str, bad: float) -> None:
+    w = ops.weight(random_weight(name, 20, 128))
     x = np.random.default_rng(8).standard_normal((14, 128), np.float32)
     clean = ops.linear(x, w)
     x[5, 77] = bad
     out = ops.linear(x, w)
-    assert np.isnan(out[5]).all()
+    assert not np.isfinite(out[5]).any()
     np.testing.assert_array_equal(np.delete(out, 5, axis=0), np.delete(clean, 5, axis=0))
 
 

@@ -58,6 +58,21 @@ def test_refuses_what_float16_cannot_scale() -> None:
         spacing(np.full((1, 4), 3e38, np.float32), 4, True)
 
 
+def test_gptq_groups_that_follow_the_order() -> None:
+    """The same as GPTQ in order, of a matrix whose columns were put in that order before."""
+    second, values = correlated(96, 5), np.random.default_rng(5).standard_normal((6, 96)).astype(np.float32)
+    order = np.argsort(-np.diag(second), kind="stable")
+    found = gptq(values, second, 4, 32, False, act_order=True, static_groups=False)
+    expected = gptq(values[:, order], second[np.ix_(order, order)], 4, 32, False, act_order=False)
+    np.testing.assert_array_equal(found.codes[:, order], expected.codes)
+    np.testing.assert_array_equal(found.scales, expected.scales)
+    np.testing.assert_array_equal(found.groups[order], expected.groups)
+    assert not found.in_order
+    static = gptq(values, second, 4, 32, False)
+    assert static.in_order
+    assert loss(found.dequantize() - values, second) < loss(static.dequantize() - values, second)
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_makes_errors_good_as_least_squares_says(act_order: bool) -> None:
     """After each column the others are the least-squares solution, given the columns that are rounded already."""

@@ -9,8 +9,10 @@ import numpy as np
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.model.model import Model
 from puna.ops.reference import ReferenceOps
+from puna.quantize.calibrated import calibrated
 from puna.quantize.calibration import divergence, log_probabilities
-from puna.quantize.folder import FolderSettings, calibrated, rounded
+from puna.quantize.folder import rounded
+from puna.quantize.folder_settings import FolderSettings
 from puna.tensor import Weight
 
 SIZE = 128
@@ -40,7 +42,7 @@ def test_gptq_and_awq_beat_plain_rounding(shared_data: Path) -> None:
             names = [name for name in checkpoint.tensors if name.endswith("_proj.weight")]
             matrices = {name: rounded(checkpoint.tensors[name], settings) for name in names}
         else:
-            changed, matrices = calibrated(checkpoint, settings, calibration)
+            changed, matrices, _ = calibrated(checkpoint, settings, calibration)
         tensors = dict(changed.tensors) | {name: grouped.as_weight(name) for name, grouped in matrices.items()}
         found = predictions(checkpoint.config, tensors, held_out)
         losses[method] = np.mean([divergence(a, b) for a, b in zip(original, found, strict=True)])

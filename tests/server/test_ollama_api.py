@@ -486,12 +486,39 @@ def test_create_from_files(http: httpx.Client, shared_data: Path) -> None:
     assert http.head(f"/api/blobs/{digest}").status_code == 404
 
 
+def test_create_quantizes(http: httpx.Client, ollama_schema: OllamaSchema, model_store: Store) -> None:
+    """With the statuses of ollama's own documentation; what it is made from stays as it was."""
+    before = model_store.find("stories")
+    statuses = lines(http, "/api/create", **{"model": "small", "from": "stories", "quantize": "q8_0"}, system="Short.")
+    for line in statuses:
+        ollama_schema.check("StatusEvent", line)
+    quantizing = [line for line in statuses if line["status"] == "quantizing F32 model to Q8_0"]
+    assert quantizing[0] == {"status": "quantizing F32 model to Q8_0"}
+    assert len(quantizing) > 1
+    for line in quantizing[1:]:
+        assert line["digest"] == "0"
+        assert 0 <= line["completed"] <= line["total"]
+    made = model_store.find("small")
+    rest = [line["status"] for line in statuses if line not in quantizing]
+    assert rest == [f"creating new layer sha256:{made.files[0].sha256}", "writing manifest", "success"]
+    shown = post(http, "/api/show", model="small")
+    assert (shown["details"]["quantization_level"], shown["details"]["parent_model"]) == ("Q8_0", "stories:latest")
+    assert (shown["system"], shown["details"]["format"]) == ("Short.", "gguf")
+    body = {"model": "small", "prompt": "Once", "stream": False, "options": {"num_predict": 2}}
+    assert post(http, "/api/generate", **body)["eval_count"] == 2
+    assert model_store.find("stories") == before
+    assert model_store.verify() == []
+    assert http.request("DELETE", "/api/delete", json={"model": "small"}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "status", "expected"),
     [
         ({}, 400, "from"),
         ({"from": "missing"}, 404, "no model missing"),
-        ({"from": "stories", "quantize": "q8_0"}, 400, "quantize"),
+        ({"from": "smollm2", "quantize": "q8_0"}, 400, "quantization is only supported for F16 and F32 models"),
+        ({"from": "stories", "quantize": "q9_0"}, 400, "unknown quantization type 'q9_0'"),
+        ({"from": "stories", "quantize": "f16"}, 400, "F16 is not a quantized type"),
         ({"from": "stories", "renderer": "x"}, 400, "renderer"),
         ({"from": "stories", "template": "{{ if"}, 400, "template"),
         ({"from": "stories", "parameters": {"warmth": 1}}, 400, "warmth"),

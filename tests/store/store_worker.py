@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from puna.llm.create import create
+from puna.quantize import quantizer
 from puna.store import Silent, Store, import_file, pull
 from puna.store.lock import file_lock
 
@@ -82,7 +84,7 @@ def check_invariants(store: Store) -> None:
 
 
 def die_everywhere_in(verb: str, folder: Path) -> int:
-    """Kill ``verb`` (import, copy, replace, remove) at each of its changes; then it must still succeed."""
+    """Kill ``verb`` (import, copy, replace, remove, quantize) at each of its changes; then it must still succeed."""
     count = 0
 
     def prepare() -> Store:
@@ -101,11 +103,13 @@ def die_everywhere_in(verb: str, folder: Path) -> int:
             import_file(folder / "new", "old", store=store, replace=True)
         elif verb == "remove":
             store.remove("old")
+        elif verb == "quantize":
+            create(store, "new", from_=folder / "new" / "tiny.gguf", quantize=quantizer("Q8_0", threads=1))
 
     def check(store: Store) -> None:
         check_invariants(store)
         old = {m.model_name.name: m for m in store.models()}.get("old")
-        if verb in ("import", "copy"):
+        if verb in ("import", "copy", "quantize"):
             assert old is not None
         if verb == "replace":  # at any moment the name means the one or the other
             assert old is not None

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from local_server import LocalServer, serve
 from store_worker import check_invariants
+from tiny_models import tiny_checkpoint, tiny_config
 
 import puna
+from puna.checkpoint import save_checkpoint
 from puna.store import Store, import_file, pull, resolve
 from puna.store.http_download import Http
 from puna.store.lock import file_lock
@@ -45,13 +47,15 @@ def line(process: "subprocess.Popen[str]") -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize("verb", ["import", "copy", "replace", "remove"])
+@pytest.mark.parametrize("verb", ["import", "copy", "replace", "remove", "quantize"])
 def test_a_kill_before_any_change_leaves_a_sound_store(start: Start, tmp_path: Path, verb: str) -> None:
     (tmp_path / "old.gguf").write_bytes(b"GGUF" + b"old" * 1000)
     folder = tmp_path / "new"
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(name)
+    config = tiny_config(num_hidden_layers=1, vocab_size=32)
+    save_checkpoint(tiny_checkpoint(config, weight_type="F16"), folder / "tiny.gguf", "gguf")
     process = start("die", verb, tmp_path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

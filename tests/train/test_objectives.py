@@ -102,7 +102,7 @@ def test_loss_and_gradients_are_those_of_trl(name: str) -> None:
     assert loss.item() == pytest.approx(TRL[name]["loss"], abs=1e-4, rel=1e-4)
     check_gradients(built, expected)
     if name == "kto":
-        assert objective.metrics.take()["kl"] == pytest.approx(TRL["kto"]["kl"], rel=1e-4)
+        assert objective.metrics.means()["kl"] == pytest.approx(TRL["kto"]["kl"], rel=1e-4)
 
 
 @pytest.mark.parametrize("mean", [False, True])
@@ -177,7 +177,7 @@ def test_a_split_into_micro_batches_changes_nothing(name: str) -> None:
             part.backward()
             loss += part.item()
         gradients = {n: p.grad for n, p in built.named_parameters() if p.grad is not None}
-        found.append((loss, gradients, objective.metrics.take()))
+        found.append((loss, gradients, objective.metrics.means()))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
     assert found[0][2] == pytest.approx(found[1][2], rel=1e-9)
     assert found[0][1].keys() == found[1][1].keys() != set()
@@ -191,9 +191,9 @@ def test_training_prefers_the_chosen(tmp_path: Path, name: str, method: Full | L
     objective = knobs(name).objective(built)
     rate = 0.003 if isinstance(method, Full) else 0.01
     Trainer(built, objective, Same(batch), Settings(steps=12, learning_rate=rate, save_every=8), tmp_path).run()
-    objective.metrics.take()
+    objective.metrics.means()
     objective.loss(built, batch, 1)
-    measured = objective.metrics.take()
+    measured = objective.metrics.means()
     if name == "kto":
         assert measured["reward_desirable"] > measured["reward_undesirable"]
     else:
@@ -214,9 +214,9 @@ def test_evaluations_are_measured_apart() -> None:
     with torch.no_grad():
         objective.loss(built, batch, 2)
     objective.loss(built, batch, 2)
-    found = objective.metrics.take()
+    found = objective.metrics.means()
     assert found["validation_margin"] == found["margin"] != 0
-    assert objective.metrics.take() == {}
+    assert objective.metrics.means() == {}
 
 
 @pytest.mark.parametrize("name", ["dpo", "reward"])

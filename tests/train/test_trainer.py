@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ torch = pytest.importorskip("torch")
 from puna.errors import TrainingError  # noqa: E402
 from puna.ops.torch_ops import TorchOps  # noqa: E402
 from puna.train.module import Full, LlamaModule, LoRA  # noqa: E402
-from puna.train.trainer import NextToken, Settings, StepReport, Trainer, evaluate  # noqa: E402
+from puna.train.parallel import ALONE, Ranks  # noqa: E402
+from puna.train.trainer import NextToken, Objective, Settings, StepReport, Trainer, evaluate  # noqa: E402
 from puna.train.training_state import best_state, newest_state  # noqa: E402
 
 CONFIG = VARIANTS["gqa"]
@@ -38,7 +39,7 @@ class RandomDocuments:
     def __init__(self, end: int = 1000) -> None:
         self.taken, self.end = 0, end
 
-    def __next__(self) -> Documents:
+    def __next__(self) -> Any:
         if self.taken == self.end:
             raise StopIteration
         rng = np.random.default_rng(self.taken)
@@ -69,17 +70,28 @@ def _one_thread() -> Iterator[None]:
 
 
 def trainer(
-    folder: Path, method: Full | LoRA = LORA, *, end: int = 1000, validate: bool = False, **options: Any
+    folder: Path,
+    method: Full | LoRA = LORA,
+    *,
+    end: int = 1000,
+    validate: int = 0,
+    kind: str | None = None,
+    recompute: bool = False,
+    objective: Callable[[LlamaModule], Objective] = lambda module: NextToken(),
+    stream: type[RandomDocuments] = RandomDocuments,
+    ranks: Ranks = ALONE,
+    **options: Any,
 ) -> Trainer:
     warmup = min(3, options.get("steps", 12) - 1)
     settings = {"steps": 12, "learning_rate": 0.01, "warmup": warmup, "save_every": 4, "weight_decay": 0.1} | options
-    kind = "Q8_0" if isinstance(method, LoRA) else "F32"
-    dtype = settings.pop("dtype", torch.float32)
-    module = LlamaModule(TorchOps(dtype), CONFIG, random_weights(CONFIG, seed=1, weight_type=kind), method)
-    validation = RandomDocuments()
+    kind = kind or ("Q8_0" if isinstance(method, LoRA) else "F32")
+    ops = TorchOps(settings.pop("dtype", torch.float32))
+    weights = random_weights(CONFIG, seed=1, weight_type=kind)
+    module = LlamaModule(ops, CONFIG, weights, method, recompute=recompute, ranks=ranks)
+    validation = stream()
     validation.taken = 500
-    packs = [next(validation) for _ in range(2)] if validate else []
-    return Trainer(module, NextToken(), RandomDocuments(end), Settings(**settings), folder, packs)
+    packs = [next(validation) for _ in range(validate)]
+    return Trainer(module, objective(module), stream(end), Settings(**settings), folder, packs, ranks)
 
 
 def reports(run: Trainer, stop_at: int | None = None) -> list[StepReport]:
@@ -99,7 +111,7 @@ def reports(run: Trainer, stop_at: int | None = None) -> list[StepReport]:
 
 @pytest.mark.parametrize("method", [Full(), LORA], ids=["full", "qlora"])
 def test_it_learns(tmp_path: Path, method: Full | LoRA) -> None:
-    run = trainer(tmp_path, method, steps=40, accumulate=2, validate=True, evaluate_every=1000)
+    run = trainer(tmp_path, method, steps=40, accumulate=2, validate=2, evaluate_every=1000)
     before = evaluate(run.module, run.objective, run.validation)
     after = reports(run)[-1].validation_loss
     assert before == pytest.approx(math.log(256), abs=1.5)
@@ -210,7 +222,7 @@ def test_not_a_number_stops_with_the_data_saved(tmp_path: Path) -> None:
 
 
 def test_the_newest_and_the_best_states_are_kept(tmp_path: Path) -> None:
-    run = trainer(tmp_path, steps=8, save_every=1, evaluate_every=1, keep=2, validate=True)
+    run = trainer(tmp_path, steps=8, save_every=1, evaluate_every=1, keep=2, validate=2)
     losses = [report.validation_loss for report in reports(run)]
     best = min(range(8), key=lambda number: losses[number]) + 1
     kept = {int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()}
@@ -224,7 +236,7 @@ def test_the_newest_and_the_best_states_are_kept(tmp_path: Path) -> None:
 def test_a_worse_end_does_not_lose_the_best(tmp_path: Path) -> None:
     """A learning rate that ruins the model after the first steps."""
     run = trainer(
-        tmp_path, Full(), steps=6, learning_rate=3.0, warmup=5, save_every=1, evaluate_every=1, keep=1, validate=True
+        tmp_path, Full(), steps=6, learning_rate=3.0, warmup=5, save_every=1, evaluate_every=1, keep=1, validate=2
     )
     losses = [report.validation_loss for report in reports(run)]
     best = min(range(6), key=lambda number: losses[number]) + 1
@@ -237,6 +249,50 @@ def test_the_end_of_the_stream_ends_the_training(tmp_path: Path) -> None:
     state = newest_state(tmp_path)
     assert state is not None
     assert (state.step, state.stream) == (3, {"taken": 5})
+
+
+def test_it_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    """With a state of the last step, from which another run goes on."""
+    trainer(tmp_path, save_every=100).run(lambda report: report.step == 5)
+    state = newest_state(tmp_path)
+    assert state is not None
+    assert state.step == 5
+    assert [report.step for report in reports(trainer(tmp_path))] == list(range(6, 13))
+
+
+class Counting(NextToken):
+    """Measures the tokens of each micro-batch, in training and in evaluation."""
+
+    def __init__(self) -> None:
+        self.metrics, self.sums = self, dict[str, tuple[float, int]]()
+
+    def loss(self, module: LlamaModule, micro_batch: Any, total: int) -> torch.Tensor:
+        name = "length" if torch.is_grad_enabled() else "validation_length"
+        self.sums = {name: (float(len(micro_batch.ids)), 1)}
+        return super().loss(module, micro_batch, total)
+
+    def take(self) -> dict[str, tuple[float, int]]:
+        return self.sums
+
+
+def test_what_objectives_measure_is_reported(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=2, warmup=0, accumulate=3, validate=2, evaluate_every=2)
+    run.objective = Counting()
+    found, stream = reports(run), RandomDocuments()
+    lengths = [len(next(stream).ids) for _ in range(6)]
+    assert [report.metrics["length"] for report in found] == [sum(lengths[:3]) / 3, sum(lengths[3:]) / 3]
+    assert "validation_length" not in found[0].metrics
+    assert found[1].metrics["validation_length"] == sum(len(pack.ids) for pack in run.validation) / 2
+    assert all(report.seconds > 0 for report in found)
+
+
+@pytest.mark.parametrize("stop_at", [6, 8])
+def test_states_of_8_bits_are_exact(tmp_path: Path, stop_at: int) -> None:
+    options: dict[str, Any] = {"method": Full(), "optimizer": "adamw8bit"}
+    expected = reports(trainer(tmp_path / "whole", **options))
+    assert expected != reports(trainer(tmp_path / "other", Full()))
+    reports(trainer(tmp_path / "cut", **options), stop_at)
+    assert reports(trainer(tmp_path / "cut", **options)) == expected[4:]
 
 
 def test_another_training_is_refused(tmp_path: Path) -> None:

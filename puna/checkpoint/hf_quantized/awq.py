@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puna.checkpoint.hf_quantized.gptq import consecutive_groups_of
-from puna.checkpoint.hf_quantized.layout import FLOATS, Fields, Matrix, Parts, floats, group_count, word_bytes
+from puna.checkpoint.hf_quantized.layout import (
+    FLOATS,
+    Fields,
+    Matrix,
+    Parts,
+    Spacing,
+    floats,
+    group_count,
+    groups_title,
+    word_bytes,
+)
 from puna.checkpoint.safetensors import StoredTensor
 from puna.tensor.bits import fields, join
 from puna.tensor.groupwise import Grouped
@@ -32,6 +42,7 @@ class AwqLayout:
         config.one_of(("version",), ("gemm", "GEMM"), "gemm")
         config.one_of(("zero_point",), (True,), True)
         self.group_size = config.group_size(("group_size", "q_group_size"))
+        self.title = f"AWQ, {_BITS} bits in {groups_title(self.group_size)}"
 
     def matrix(self, parts: Parts) -> Matrix:
         qweight = parts.need("qweight", ("I32",), (None, None))
@@ -40,16 +51,16 @@ class AwqLayout:
         scales = parts.need("scales", FLOATS, (groups, rows))
         qzeros = parts.need("qzeros", ("I32",), (groups, qweight.shape[1]))
 
-        def grouped() -> Grouped:
-            return Grouped(
-                np.ascontiguousarray(_unpacked(qweight.array()).T),
+        def spacing() -> Spacing:
+            return (
                 np.ascontiguousarray(floats(scales).T),
                 np.ascontiguousarray(_unpacked(qzeros.array()).T.astype(np.int16)),
                 consecutive_groups_of(columns, self.group_size),
-                _BITS,
             )
 
-        return Matrix((rows, columns), lambda name: grouped().as_weight(name))
+        return Matrix.grouped(
+            (rows, columns), _BITS, lambda: np.ascontiguousarray(_unpacked(qweight.array()).T), spacing
+        )
 
 
 def awq_config(group_size: int) -> dict[str, Any]:

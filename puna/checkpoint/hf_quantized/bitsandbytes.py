@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from puna.checkpoint.hf_quantized.layout import Fields, Matrix, Parts, floats
+from puna.checkpoint.hf_quantized.layout import Fields, Matrix, Parts, Rows, Spacing, floats
 from puna.checkpoint.safetensors import StoredTensor
-from puna.tensor.groupwise import Grouped, encode_rows
 from puna.tensor.nf4 import BLOCK, NESTED_BLOCK, NF4_LEVELS, block_scales, dynamic_levels, quantize_nf4
 
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
@@ -39,6 +38,8 @@ class BitsAndBytesLayout:
 
     def __init__(self, config: Fields) -> None:
         """All that matters is told by the tensors."""
+        four = config.raw.get("load_in_4bit") is True
+        self.title = f"bitsandbytes {'4 bits' if four else '8 bits'}"
 
     def matrix(self, parts: Parts) -> Matrix:
         if parts.need("weight", ("U8", "I8")).dtype == "I8":
@@ -51,12 +52,11 @@ def _eight_bits(parts: Parts) -> Matrix:
     rows, columns = weight.shape
     largest = parts.need("SCB", ("F32",), (rows,))
 
-    def grouped() -> Grouped:
-        codes = weight.array().view(np.uint8) ^ np.uint8(128)
+    def spacing() -> Spacing:
         zeros = np.full((rows, 1), 128, np.int16)
-        return Grouped(codes, floats(largest)[:, None] / np.float32(127), zeros, np.zeros(columns, np.intp), 8)
+        return floats(largest)[:, None] / np.float32(127), zeros, np.zeros(columns, np.intp)
 
-    return Matrix((rows, columns), lambda name: grouped().as_weight(name))
+    return Matrix.grouped((rows, columns), 8, lambda: weight.array().view(np.uint8) ^ np.uint8(128), spacing)
 
 
 def _four_bits(parts: Parts) -> Matrix:
@@ -76,7 +76,7 @@ def _four_bits(parts: Parts) -> Matrix:
         parts.need("weight.nested_absmax", ("F32",), (-(-blocks // state.nested_block),))
         parts.need("weight.nested_quant_map", ("F32",), (256,))
 
-    def make(name: str) -> Any:
+    def read() -> Rows:
         if nested:
             table, widths = (floats(parts.tensors[f"weight.nested_{part}"]) for part in ("quant_map", "absmax"))
             scales = block_scales(absmax.array(), table, widths, state.offset, state.nested_block)
@@ -92,9 +92,9 @@ def _four_bits(parts: Parts) -> Matrix:
             block_of = np.arange(first, last) // state.block
             return (table16[codes] * scales[block_of]).reshape(-1, columns)
 
-        return encode_rows(name, state.shape, "Q8_0", numbers)
+        return numbers
 
-    return Matrix(state.shape, make)
+    return Matrix.encoded(state.shape, read)
 
 
 class _State:

@@ -17,11 +17,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from puna.checkpoint.hf_quantized.layout import FLOATS, Fields, Matrix, Parts, column_groups, floats, word_bytes
+from puna.checkpoint.hf_quantized.layout import (
+    FLOATS,
+    Fields,
+    Matrix,
+    Parts,
+    Spacing,
+    column_groups,
+    floats,
+    groups_title,
+    word_bytes,
+)
 from puna.checkpoint.safetensors import StoredTensor
 from puna.tensor.bits import fields, join
 from puna.tensor.fp8 import LARGEST, decode_e4m3, encode_e4m3
-from puna.tensor.groupwise import Grouped, consecutive_groups, encode_rows
+from puna.tensor.groupwise import Grouped, consecutive_groups
 
 _FORMATS = (
     "dense",
@@ -50,6 +60,7 @@ class ByteLayout:
     )
 
     def __init__(self, config: Fields) -> None:
+        self.title = "FP8"
         self.block: tuple[int, int] | None = None
         block = config.raw.get("weight_block_size")
         if block is not None:
@@ -72,7 +83,7 @@ class ByteLayout:
             scales = floats(scale).reshape(-(-rows // spread[0]), -(-columns // spread[1]))
             return decode_e4m3(codes) * np.repeat(scales[row_blocks], spread[1], axis=1)[:, :columns]
 
-        return Matrix((rows, columns), lambda name: encode_rows(name, (rows, columns), "Q8_0", numbers))
+        return Matrix.encoded((rows, columns), lambda: numbers)
 
     def _block_of(self, parts: Parts, name: str, scale: StoredTensor, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the matrix that share a scale."""
@@ -99,6 +110,7 @@ class CompressedTensorsLayout(ByteLayout):
         super().__init__(config)
         groups = config.raw.get("config_groups")
         weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+        self.title = _title(config.raw.get("format", "dense"), [w for w in weights if isinstance(w, dict)])
         blocks = [w.get("block_structure") for w in weights if isinstance(w, dict) and w.get("block_structure")]
         if blocks:
             self.block = ByteLayout(Fields(config.source, {"weight_block_size": blocks[0]})).block
@@ -120,17 +132,29 @@ class CompressedTensorsLayout(ByteLayout):
         if "weight_g_idx" in parts:
             parts.need("weight_g_idx", ("I32", "I64"), (columns,))
 
-        def grouped() -> Grouped:
+        def codes() -> NDArray[np.uint8]:
+            return np.ascontiguousarray(fields(word_bytes(packed.array()), bits)[:, :columns])
+
+        def spacing() -> Spacing:
             zeros = np.full((rows, groups), 1 << (bits - 1), np.int16)
             if "weight_zero_point" in parts:
                 stored = np.ascontiguousarray(parts.tensors["weight_zero_point"].array().T)
                 zeros = np.ascontiguousarray(fields(word_bytes(stored), bits)[:, :rows].T).astype(np.int16)
             order = column_groups(parts, "weight_g_idx", columns, groups)
-            codes = np.ascontiguousarray(fields(word_bytes(packed.array()), bits)[:, :columns])
             order = consecutive_groups(columns, groups) if order is None else order
-            return Grouped(codes, _scales(scale, rows, groups), zeros, order, bits)
+            return _scales(scale, rows, groups), zeros, order
 
-        return Matrix((rows, columns), lambda name: grouped().as_weight(name))
+        return Matrix.grouped((rows, columns), bits, codes, spacing)
+
+
+def _title(form: Any, weights: list[dict[str, Any]]) -> str:
+    """With what the first group of modules says of its numbers, where that is well formed."""
+    bits, size = (weights[0].get(field) if weights else None for field in ("num_bits", "group_size"))
+    title = f"compressed-tensors {form}"
+    if type(bits) is int:
+        title += f", {bits} bits"
+        title += f" in {groups_title(size)}" if type(size) is int and size > 0 else ""
+    return title
 
 
 def _integers(parts: Parts, weight: StoredTensor, scale: StoredTensor) -> Matrix:
@@ -139,15 +163,14 @@ def _integers(parts: Parts, weight: StoredTensor, scale: StoredTensor) -> Matrix
     if "weight_zero_point" in parts:
         parts.need("weight_zero_point", ("I8",), scale.shape)
 
-    def grouped() -> Grouped:
-        codes = weight.array().view(np.uint8) ^ np.uint8(128)
+    def spacing() -> Spacing:
         zeros = np.full((rows, groups), 128, np.int16)
         if "weight_zero_point" in parts:
             stored = parts.tensors["weight_zero_point"].array().astype(np.int16)
             zeros = np.array(np.broadcast_to(_by_rows(stored, rows, groups), (rows, groups))) + np.int16(128)
-        return Grouped(codes, _scales(scale, rows, groups), zeros, consecutive_groups(columns, groups), 8)
+        return _scales(scale, rows, groups), zeros, consecutive_groups(columns, groups)
 
-    return Matrix((rows, columns), lambda name: grouped().as_weight(name))
+    return Matrix.grouped((rows, columns), 8, lambda: weight.array().view(np.uint8) ^ np.uint8(128), spacing)
 
 
 def _groups_of(parts: Parts, scale: StoredTensor, rows: int, columns: int) -> int:
@@ -183,6 +206,17 @@ def packed_tensors(module: str, matrix: Grouped) -> Iterable[StoredTensor]:
     return [StoredTensor.from_array(f"{module}.{name}", array) for name, array in arrays.items()]
 
 
+def int_tensors(module: str, matrix: Grouped) -> Iterable[StoredTensor]:
+    """The tensors of one ``int-quantized`` module of 8 bits, one scale a row, no zero points."""
+    assert matrix.bits == 8
+    assert matrix.scales.shape[1] == 1
+    codes = (matrix.codes ^ np.uint8(128)).view(np.int8)
+    return [
+        StoredTensor.from_array(f"{module}.weight", codes),
+        StoredTensor.from_array(f"{module}.weight_scale", matrix.scales.astype("<f2")),
+    ]
+
+
 def fp8_tensors(module: str, values: NDArray[np.float32]) -> Iterable[StoredTensor]:
     """The tensors of one ``float-quantized`` module, one scale a row."""
     largest = np.abs(values).max(axis=1, keepdims=True)
@@ -194,9 +228,14 @@ def fp8_tensors(module: str, values: NDArray[np.float32]) -> Iterable[StoredTens
     ]
 
 
-def compressed_config(format_name: str, weights: dict[str, Any]) -> dict[str, Any]:
-    """The ``quantization_config`` of folders whose linear layers, but the head, are stored as ``weights`` says."""
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+def compressed_config(
+    format_name: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The ``quantization_config`` of folders whose linear layers, but the head, are stored as ``weights`` says.
+
+    ``inputs`` says how programs that compute in fewer bits round what these layers read.
+    """
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": format_name,

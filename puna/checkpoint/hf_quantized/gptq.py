@@ -19,9 +19,11 @@ from puna.checkpoint.hf_quantized.layout import (
     Fields,
     Matrix,
     Parts,
+    Spacing,
     column_groups,
     floats,
     group_count,
+    groups_title,
     word_bytes,
 )
 from puna.checkpoint.safetensors import StoredTensor
@@ -39,6 +41,7 @@ class GptqLayout:
         self.act_order: bool = config.one_of(("desc_act",), (True, False), False)
         version = config.one_of(("checkpoint_format", "format"), ("gptq", "gptq_v2"), "gptq")
         self.zero_offset = 1 if version == "gptq" else 0
+        self.title = f"GPTQ, {self.bits} bits in {groups_title(self.group_size)}"
 
     def matrix(self, parts: Parts) -> Matrix:
         qweight = parts.need("qweight", ("I32",), (None, None))
@@ -49,19 +52,20 @@ class GptqLayout:
         if "g_idx" in parts or (self.act_order and groups > 1):
             parts.need("g_idx", ("I32", "I64"), (columns,))
 
-        def grouped() -> Grouped:
+        def codes() -> NDArray[np.uint8]:
+            unpacked = fields(word_bytes(qweight.array()[..., None]), self.bits)  # [words, outputs, inputs of a word]
+            return np.ascontiguousarray(unpacked.transpose(1, 0, 2)).reshape(rows, columns)
+
+        def spacing() -> Spacing:
             order = column_groups(parts, "g_idx", columns, groups)
-            codes = fields(word_bytes(qweight.array()[..., None]), self.bits)  # [words, outputs, inputs of a word]
             zeros = fields(word_bytes(qzeros.array()), self.bits)[:, :rows].T.astype(np.int16) + self.zero_offset
-            return Grouped(
-                np.ascontiguousarray(codes.transpose(1, 0, 2)).reshape(rows, columns),
+            return (
                 np.ascontiguousarray(floats(scales).T),
                 np.ascontiguousarray(zeros % (1 << self.bits)),  # 0, stored less one, has wrapped
                 consecutive_groups_of(columns, self.group_size) if order is None else order,
-                self.bits,
             )
 
-        return Matrix((rows, columns), lambda name: grouped().as_weight(name))
+        return Matrix.grouped((rows, columns), self.bits, codes, spacing)
 
 
 def consecutive_groups_of(columns: int, group_size: int) -> NDArray[np.intp]:
@@ -70,7 +74,7 @@ def consecutive_groups_of(columns: int, group_size: int) -> NDArray[np.intp]:
     return order
 
 
-def gptq_config(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+def gptq_config(bits: int, group_size: int, symmetric: bool, zero_offset: int, reordered: bool) -> dict[str, Any]:
     """The ``quantization_config`` of folders whose modules gptq_tensors writes.
 
     ``desc_act`` tells loaders whether groups are out of order, not in which order they were rounded.
@@ -80,18 +84,18 @@ def gptq_config(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
         "bits": bits,
         "group_size": group_size,
         "sym": symmetric,
-        "desc_act": False,
-        "checkpoint_format": "gptq",
+        "desc_act": reordered,
+        "checkpoint_format": "gptq" if zero_offset else "gptq_v2",
         "lm_head": False,
     }
 
 
-def gptq_tensors(module: str, matrix: Grouped) -> Iterable[StoredTensor]:
-    """The tensors of one module, its groups in order, in the first version of the format, which all loaders read."""
+def gptq_tensors(module: str, matrix: Grouped, zero_offset: int) -> Iterable[StoredTensor]:
+    """The tensors of one module, in the first version of the format (zero points less 1) or the second (less 0)."""
     rows, columns = matrix.codes.shape
     per_word = 32 // matrix.bits
     codes = matrix.codes.reshape(rows, columns // per_word, per_word).transpose(1, 0, 2)
-    zeros = ((matrix.zeros.T - 1) % (1 << matrix.bits)).astype(np.uint8)
+    zeros = ((matrix.zeros.T - zero_offset) % (1 << matrix.bits)).astype(np.uint8)
     arrays = {
         "qweight": join(codes, matrix.bits).view("<i4")[..., 0],
         "qzeros": join(zeros, matrix.bits).view("<i4"),

@@ -11,22 +11,46 @@ from numpy.typing import NDArray
 
 from puna.checkpoint.safetensors import StoredTensor
 from puna.errors import CheckpointError
-from puna.tensor import Weight
+from puna.tensor import QuantType, Weight
+from puna.tensor.groupwise import Grouped, encode_rows, grouped_type, rows_type
 
 FLOATS = ("F32", "F16", "BF16")
 
 
+Rows = Callable[[slice], NDArray[np.float32]]
+Spacing = tuple[NDArray[np.float32], NDArray[np.int16], NDArray[np.intp]]
+
+
 @dataclass(frozen=True)
 class Matrix:
-    """A quantized matrix: its shape (outputs, inputs), and what reads its tensors and makes a weight of that name."""
+    """A quantized matrix: its shape (outputs, inputs), what tells the type of its weight, and what makes that."""
 
     shape: tuple[int, int]
+    kind: Callable[[], QuantType]
     make: Callable[[str], Weight]
+
+    @classmethod
+    def grouped(
+        cls, shape: tuple[int, int], bits: int, codes: Callable[[], NDArray[np.uint8]], spacing: Callable[[], Spacing]
+    ) -> Matrix:
+        """One of whole numbers; what ``codes`` and ``spacing`` (scales, zeros, groups) read is that of ``Grouped``."""
+        return cls(
+            shape,
+            lambda: grouped_type(*spacing(), bits),
+            lambda name: Grouped(codes(), *spacing(), bits).as_weight(name),
+        )
+
+    @classmethod
+    def encoded(cls, shape: tuple[int, int], read: Callable[[], Rows]) -> Matrix:
+        """One that no whole numbers stand for, which becomes Q8_0: ``read`` gives what gives some rows of it."""
+        return cls(shape, lambda: rows_type(shape[1], "Q8_0"), lambda name: encode_rows(name, shape, "Q8_0", read()))
 
 
 class Layout(Protocol):
     """How one method stores a matrix. Made of its ``quantization_config``, which it checks."""
 
+    title: str
+    """What it is called, with what matters of its numbers, for people."""
     mains: tuple[str, ...]
     """Endings after ``module.`` of the tensor whose presence (of no float type) tells that a module is quantized."""
     beside: tuple[str, ...]
@@ -95,6 +119,11 @@ class Fields:
 
     def error(self, name: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: quantization_config: {name} {problem}")
+
+
+def groups_title(group_size: int) -> str:
+    """How people call the groups of columns that share a scale."""
+    return "rows" if group_size == -1 else f"groups of {group_size}"
 
 
 def group_count(columns: int, group_size: int) -> int:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from puna.checkpoint.hf_quantized.awq import AwqLayout
 from puna.checkpoint.hf_quantized.bitsandbytes import BitsAndBytesLayout
 from puna.checkpoint.hf_quantized.compressed_tensors import ByteLayout, CompressedTensorsLayout
 from puna.checkpoint.hf_quantized.gptq import GptqLayout
-from puna.checkpoint.hf_quantized.layout import Fields, Layout, Parts
+from puna.checkpoint.hf_quantized.layout import Fields, Layout, Matrix, Parts
 from puna.checkpoint.safetensors import StoredTensor
 from puna.errors import CheckpointError
-from puna.tensor import Weight
+from puna.tensor import DeferredWeight, QuantType, Weight
 
 LAYOUTS: dict[str, Callable[[Fields], Layout]] = {
     "gptq": GptqLayout,
@@ -27,26 +26,43 @@ LAYOUTS: dict[str, Callable[[Fields], Layout]] = {
 _CACHE_SCALES = tuple(f".{which}_{what}" for which in "qkv" for what in ("scale", "zero_point", "proj.output_scale"))
 
 
-class LazyWeights(Mapping[str, Weight]):
-    """Weights by name, each made anew whenever it is asked for; ``shapes`` are known without."""
+class QuantizedWeights(Mapping[str, Weight]):
+    """Weights by name, each made anew whenever its data are asked for; what they are is known without.
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], makers: dict[str, Callable[[], Weight]]) -> None:
-        self.shapes, self._makers = shapes, makers
+    ``title`` says how they are quantized, for people.
+    """
+
+    def __init__(self, title: str, floats: Mapping[str, StoredTensor], matrices: Mapping[str, Matrix]) -> None:
+        self.title, self._floats, self._matrices = title, floats, matrices
+        self._kinds: dict[str, QuantType] = {}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        matrices = {name: matrix.shape for name, matrix in self._matrices.items()}
+        return {name: tensor.weight().shape for name, tensor in self._floats.items()} | matrices
 
     def __getitem__(self, name: str) -> Weight:
-        return self._makers[name]()
+        if name in self._floats:
+            return self._floats[name].weight()
+        matrix = self._matrices[name]
+        if name not in self._kinds:
+            self._kinds[name] = matrix.kind()
+        return DeferredWeight(name, matrix.shape, self._kinds[name], lambda: matrix.make(name).data)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._makers
+        return name in self._floats or name in self._matrices
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
+        yield from self._floats
+        yield from self._matrices
 
     def __len__(self) -> int:
-        return len(self._makers)
+        return len(self._floats) + len(self._matrices)
 
 
-def read_quantized(source: str, quantization: Any, stored: Mapping[str, StoredTensor], biases: bool) -> LazyWeights:
+def read_quantized(
+    source: str, quantization: Any, stored: Mapping[str, StoredTensor], biases: bool
+) -> QuantizedWeights:
     """The weights of a folder whose ``quantization_config`` is given; ``source`` is the file that it is in.
 
     Where the model has no ``biases``, those that are all 0 are left out, for some makers write them.
@@ -55,18 +71,17 @@ def read_quantized(source: str, quantization: Any, stored: Mapping[str, StoredTe
     layout = _layout(source, quantization)
     modules = _modules(layout, stored)
     endings = {f"{module}.{ending}" for module in modules for ending in (*layout.mains, *layout.beside)}
-    shapes: dict[str, tuple[int, ...]] = {}
-    makers: dict[str, Callable[[], Weight]] = {}
-    for name, tensor in stored.items():
-        if name in endings or name.endswith(_CACHE_SCALES) or (not biases and _is_zero_bias(name, tensor)):
-            continue
-        shapes[name], makers[name] = tensor.weight().shape, tensor.weight
+    floats = {
+        name: tensor
+        for name, tensor in stored.items()
+        if not (name in endings or name.endswith(_CACHE_SCALES) or (not biases and _is_zero_bias(name, tensor)))
+    }
+    matrices = {}
     for module in modules:
         found = {e: stored[f"{module}.{e}"] for e in (*layout.mains, *layout.beside) if f"{module}.{e}" in stored}
-        matrix = layout.matrix(Parts(next(iter(found.values())).source, module, found))
-        name = f"{module}.weight"
-        shapes[name], makers[name] = matrix.shape, partial(matrix.make, name)
-    return LazyWeights(shapes, makers)
+        parts = Parts(next(iter(found.values())).source, module, found)
+        matrices[f"{module}.weight"] = layout.matrix(parts)
+    return QuantizedWeights(layout.title, floats, matrices)
 
 
 def _layout(source: str, quantization: Any) -> Layout:

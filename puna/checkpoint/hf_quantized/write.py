@@ -16,6 +16,7 @@ from puna.tensor import Weight
 
 _MOST_TENSORS = 8  # of one module
 
+Progress = Callable[[str, int, int], None]
 WriteModule = Callable[[str, Weight], Iterable[StoredTensor]]
 
 
@@ -25,15 +26,22 @@ def is_quantized_matrix(name: str) -> bool:
 
 
 def write_quantized_folder(
-    checkpoint: Checkpoint, path: Path, quantization: dict[str, Any], write_module: WriteModule
+    checkpoint: Checkpoint,
+    path: Path,
+    quantization: dict[str, Any],
+    write_module: WriteModule,
+    progress: Progress | None = None,
 ) -> None:
     """A model folder whose linears are the tensors that ``write_module(module, weight)`` makes of them.
 
-    ``quantization`` is its ``quantization_config``. Other tensors are stored as float16.
+    ``quantization`` is its ``quantization_config``. Other tensors are stored as float16. ``progress`` gets a tensor's
+    name, how many came before it, and how many there are.
     """
 
     def tensors() -> Iterator[StoredTensor]:
-        for name in checkpoint.tensors:
+        for number, name in enumerate(checkpoint.tensors):
+            if progress:
+                progress(name, number, len(checkpoint.tensors))
             weight = checkpoint.tensors[name]
             if is_quantized_matrix(name):
                 yield from write_module(name.removesuffix(".weight"), weight)

@@ -189,7 +189,7 @@ class CreateBody(ModelBody):
     license: str | list[str] | None = None
     parameters: dict[str, Any] | None = None
     messages: list[ChatMessage] | None = None
-    quantize: str | None = None
+    quantize: str | None = Field(None, description="The type to quantize a model of 16 or 32 bits to: `q4_K_M`.")
     renderer: str | None = Field(None, description="Only absent: the template says all.")
     parser: str | None = Field(None, description="Only absent: the template says all.")
     stream: bool | None = None

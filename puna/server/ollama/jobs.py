@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from puna.errors import RequestError, StoreError
 from puna.llm.create import create
+from puna.quantize import quantizer
 from puna.server.ollama.bodies import CreateBody, JsonRoute, PullBody, PushBody
 from puna.server.ollama.streaming import Answer, Line
 from puna.server.service import TheService
@@ -29,10 +30,10 @@ class _GivenUp(Exception):
 class _Teller:
     """Progress of work in another thread, as status lines in the event loop. Ends the work when nobody listens."""
 
-    def __init__(self, digests: Mapping[str, str]) -> None:
-        """``digests``: of the files where they are known."""
+    def __init__(self, describe: Callable[[str], Line]) -> None:
+        """``describe`` begins the lines of a transfer of that label."""
         self.given_up = False
-        self._digests = digests
+        self._describe = describe
         self._loop = asyncio.get_running_loop()
         self._lines: asyncio.Queue[Line | BaseException | None] = asyncio.Queue()
 
@@ -40,8 +41,7 @@ class _Teller:
         self._tell({"status": text})
 
     def transfer(self, label: str, done: int, total: int, speed: float) -> None:
-        digest = {"digest": self._digests[label]} if label in self._digests else {}
-        self._tell({"status": f"pulling {label}", **digest, "total": total, "completed": done})
+        self._tell({**self._describe(label), "total": total, "completed": done})
 
     def end(self, error: BaseException | None) -> None:
         self._put(error)
@@ -62,15 +62,17 @@ class _Teller:
 
 async def work_lines(
     work: Callable[[Progress], Any],
+    describe: Callable[[str], Line],
     before: Sequence[str] = (),
     after: Sequence[str] = (),
-    digests: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[Line, None]:
     """The lines of work that runs in a thread of its own, and ends at its next sign of progress when nobody listens.
 
+    ``describe`` gives the status, and a digest where there is one, of what is transferred under a label.
+
     Not in the event loop's pool of threads: hours of downloads would fill it. Raises what the work raises.
     """
-    teller = _Teller(digests or {})
+    teller = _Teller(describe)
 
     def run() -> None:
         try:
@@ -109,11 +111,15 @@ async def pull_model(body: PullBody, service: TheService) -> Response:
     entry = catalog_entry(what)
     files = [source for source in (entry.sources if entry else ()) if source.file and source.sha256]
     digests = {(source.file or "").rpartition("/")[2]: f"sha256:{source.sha256}" for source in files}
+
+    def describe(file: str) -> Line:
+        return {"status": f"pulling {file}"} | ({"digest": digests[file]} if file in digests else {})
+
     lines = work_lines(
         lambda progress: pull(what, store=service.store, progress=progress, paths=False),
+        describe,
         ["pulling manifest"],
         ["verifying sha256 digest", "writing manifest"],
-        digests,
     )
     return Answer(lines, last_line if body.stream is False else None)
 
@@ -133,15 +139,16 @@ def _source_of(body: PullBody) -> str:
 async def create_model(body: CreateBody, service: TheService) -> Response:
     """A stored model (`from`) or files (`files`, from /api/blobs) with a template, parameters or messages of its own.
 
-    It replaces a model of the same name, all or nothing.
+    It replaces a model of the same name, all or nothing. With `quantize` its weights, which must have 16 or 32 bits,
+    become of that type.
     """
     for name, remedy in (
-        ("quantize", "begin from quantized weights: `puna convert` writes them"),
         ("renderer", "give a template"),
         ("parser", "how a model calls tools is told from its template"),
     ):
         if getattr(body, name):
             raise RequestError(f"{name}: not in this version; {remedy}")
+    quantizing = quantizer(body.quantize, service.settings.threads) if body.quantize else None
     messages = [message.plain() for message in body.messages or ()]
 
     def work(progress: Progress) -> None:
@@ -159,6 +166,7 @@ async def create_model(body: CreateBody, service: TheService) -> Response:
                 license=body.license,
                 messages=messages,
                 adapters=body.adapters,
+                quantize=quantizing,
                 paths=False,
                 progress=progress,
             )
@@ -167,7 +175,11 @@ async def create_model(body: CreateBody, service: TheService) -> Response:
                 raise
             raise RequestError(str(error)) from None
 
-    return Answer(work_lines(work), last_line if body.stream is False else None)
+    return Answer(work_lines(work, _of_create), last_line if body.stream is False else None)
+
+
+def _of_create(what: str) -> Line:
+    return {"status": what, "digest": "0"}  # as ollama has it: its command shows a bar for each digest
 
 
 @router.post("/api/push", summary="Refused: there is nowhere to push to")

@@ -58,21 +58,20 @@ class LabelledAnswers:
         knobs = self._knobs
         found = document_logprobs(module, micro_batch.packed)
         before = self._reference.logprobs(micro_batch.packed)
-        kl = self._kl(module, micro_batch.packed, found)
+        kl = self._kl(module, micro_batch.packed)
         desirable = torch.from_numpy(micro_batch.desirable).to(found.device)
         rewards = knobs.beta * (found - before).detach()
         self.metrics.add(kl=kl, reward_desirable=rewards[desirable], reward_undesirable=rewards[~desirable])
         losses = kto(found, before, desirable, kl, knobs.beta, knobs.desirable_weight, knobs.undesirable_weight)
         return losses.sum() / max(total, 1)
 
-    def _kl(self, module: LlamaModule, packed: Packed, like: Tensor) -> Tensor:
-        documents = packed.documents
-        if len(documents) < 2:
-            return like.new_zeros(())
-        mismatched = mismatch(documents)
+    def _kl(self, module: LlamaModule, packed: Packed) -> Tensor:
+        mismatched = mismatch(packed.documents)
         with torch.no_grad():
             found = document_logprobs(module, mismatched)
-        return kto_kl(found, self._reference.logprobs(mismatched))
+        kl = kto_kl(found, self._reference.logprobs(mismatched))
+        # Of one answer it is computed too: every micro-batch runs the module as often as any other.
+        return kl if len(mismatched.documents) > 1 else torch.zeros_like(kl)
 
 
 def mismatch(documents: list[Tokens]) -> Packed:

@@ -19,7 +19,11 @@ class Metrics:
             total, count = self._sums.get(key, (0.0, 0))
             self._sums[key] = total + value.detach().double().sum().item(), count + value.numel()
 
-    def take(self) -> dict[str, float]:
-        """The mean of each since the last call; those of evaluations are named ``validation_…``."""
+    def take(self) -> dict[str, tuple[float, int]]:
+        """The sum and the count of each since the last call; those of evaluations are named ``validation_…``."""
         sums, self._sums = self._sums, {}
-        return {name: total / count for name, (total, count) in sums.items() if count}
+        return sums
+
+    def means(self) -> dict[str, float]:
+        """The means of what ``take`` gives."""
+        return {name: total / count for name, (total, count) in self.take().items() if count}

@@ -12,7 +12,7 @@ Rows = Literal["documents", "pairs", "labelled", "prompts"]
 
 
 class MeasuredObjective(Objective, Protocol):
-    """An objective of the trainer that also measures; ``metrics.take()`` gives the means since the last look."""
+    """An objective of the trainer that also measures; ``metrics.means()`` are those since the last look."""
 
     metrics: Metrics
 

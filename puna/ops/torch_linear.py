@@ -1,0 +1,160 @@
+"""Products with the matrices of torch_weights, and their gradients.
+
+Sources: Hu et al. 2021 (LoRA), Liu et al. 2024 (DoRA), Dettmers et al. 2023 (QLoRA: adapters over a frozen quantized
+base, which is decoded again in the backward pass).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from puna.ops.torch_weights import AdaptedMatrix, EncodedMatrix, LowRankMatrix, Matrix, dense, dora_factor
+
+
+def multiply(x: Tensor, weights: Sequence[Matrix], residual: Tensor | None = None) -> list[Tensor]:
+    """x · Wᵀ of each matrix, with the change where one is under training; the ``residual`` is added to each."""
+    weights = [w.base if isinstance(w, AdaptedMatrix) else w for w in weights]
+    if any(isinstance(w, LowRankMatrix) and (w.dropout or w.magnitude is not None) for w in weights):
+        products = [_changed(x, w) if isinstance(w, LowRankMatrix) else _products(x, [w])[0] for w in weights]
+        return products if residual is None else [y + residual for y in products]
+    return _products(x, weights, residual)
+
+
+def low_rank_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale · (x · Aᵀ) · Bᵀ."""
+    return F.linear(scale * F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+
+def _changed(x: Tensor, w: LowRankMatrix) -> Tensor:
+    """With dropout or as DoRA."""
+    dropped = F.dropout(x, w.dropout) if w.dropout else x
+    (y,), change = _products(x, [w.base]), low_rank_product(dropped, w.a, w.b, w.scale)
+    if w.magnitude is None:
+        return y + change
+    factor = dora_factor(w, dense(w.base, x.dtype).detach() + w.scale * (w.b @ w.a).to(x.dtype)).to(x.dtype)
+    # As in PEFT, dropout falls on all that DoRA adds, the rescaling of W's part included.
+    return y + (factor - 1) * (_products(dropped, [w.base])[0] if w.dropout else y) + factor * change
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is no parameter of one matrix: its encoded form, and the scale of its low-rank change, 0 without one."""
+
+    encoded: EncodedMatrix | None
+    scale: float
+
+
+def _products(x: Tensor, weights: Sequence[Matrix], residual: Tensor | None = None) -> list[Tensor]:
+    parts, parameters = [], []
+    for w in weights:
+        base, a, b, scale = (w.base, w.a, w.b, w.scale) if isinstance(w, LowRankMatrix) else (w, None, None, 0.0)
+        encoded = base if isinstance(base, EncodedMatrix) else None
+        parts.append(_Part(encoded, scale))
+        parameters += [None if encoded else base, a, b]
+    found: tuple[Tensor, ...] = _Products.apply(x, residual, parts, *parameters)  # type: ignore[no-untyped-call]
+    return list(found)
+
+
+class _Products(torch.autograd.Function):
+    """x · (W + scale · B · A)ᵀ + residual of several matrices.
+
+    W + scale · B · A is never made. Encoded matrices, and those of another dtype, are decoded again in the backward
+    pass. All that is kept beside the parameters is x, where it is needed, and x · Aᵀ, of all matrices together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, parts: list[_Part], *parameters: Tensor | None) -> Any:
+        bases, downs, ups = parameters[::3], parameters[1::3], parameters[2::3]
+        reduced = None
+        if (down := _stacked(downs, x.dtype)) is not None:
+            reduced = x @ down.T
+        outs, at = [], 0
+        for part, base, up in zip(parts, bases, ups, strict=True):
+            matrix = _numbers(part, base, x.dtype)
+            y = _times(x, matrix)
+            if residual is not None:
+                y += residual
+            if up is not None and reduced is not None:
+                rank = up.shape[1]
+                y.addmm_(reduced[:, at : at + rank], up.to(x.dtype).T, alpha=part.scale)
+                at += rank
+            outs.append(y)
+        needed = ctx.needs_input_grad[3:]
+        keeps_x = any(needed[0::3]) or any(needed[1::3])
+        ctx.parts, ctx.dtype = parts, x.dtype
+        ctx.save_for_backward(x if keeps_x else None, reduced if any(needed[2::3]) else None, *parameters)
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, reduced, *parameters = ctx.saved_tensors
+        bases, downs, ups = parameters[::3], parameters[1::3], parameters[2::3]
+        x_gradient: Tensor | None = None
+        found: list[Tensor | None] = [None] * len(parameters)
+        reduced_gradients, at = [], 0
+        for i, (gradient, part, base, up) in enumerate(zip(gradients, ctx.parts, bases, ups, strict=True)):
+            if ctx.needs_input_grad[0]:
+                matrix = _numbers(part, base, ctx.dtype)
+                part_gradient = _times(gradient, matrix.T)
+                x_gradient = part_gradient if x_gradient is None else x_gradient.add_(part_gradient)
+            if ctx.needs_input_grad[3 + 3 * i]:
+                found[3 * i] = (gradient.T @ x).to(base.dtype)
+            if up is None:
+                continue
+            rank = up.shape[1]
+            reduced_gradients.append(part.scale * (gradient @ up.to(ctx.dtype)))
+            if ctx.needs_input_grad[5 + 3 * i]:
+                found[3 * i + 2] = (gradient.T @ reduced[:, at : at + rank]).to(up.dtype).mul_(part.scale)
+            at += rank
+        if (down := _stacked(downs, ctx.dtype)) is not None:
+            reduced_gradient = torch.cat(reduced_gradients, 1)
+            if x_gradient is not None:
+                x_gradient.addmm_(reduced_gradient, down)
+            if x is not None:
+                _spread(reduced_gradient.T @ x, downs, found)
+        residual_gradient = None
+        if ctx.needs_input_grad[1]:
+            residual_gradient = gradients[0] if len(gradients) == 1 else sum(gradients)
+        return x_gradient, residual_gradient, None, *found
+
+
+_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x · matrixᵀ, without gradients.
+
+    torch gives float32 to MKL, which leaves a tenth of an AMD processor unused, where oneDNN does not.
+    """
+    if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
+        return product
+    return x @ matrix.T
+
+
+def _numbers(part: _Part, base: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if part.encoded is not None:
+        return part.encoded.decode(dtype)
+    assert base is not None
+    return base.to(dtype)
+
+
+def _stacked(downs: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+    """All A, [ranks, columns]: one product is faster than one for each."""
+    there = [a for a in downs if a is not None]
+    return torch.cat(there).to(dtype) if there else None
+
+
+def _spread(stacked: Tensor, downs: Sequence[Tensor | None], found: list[Tensor | None]) -> None:
+    """The gradients of all A, into their places."""
+    at = 0
+    for i, a in enumerate(downs):
+        if a is not None:
+            found[3 * i + 1] = stacked[at : at + len(a)].to(a.dtype)
+            at += len(a)

@@ -1,0 +1,1 @@
+"""Small plots and plain pages that load nothing: what every report is made of."""
