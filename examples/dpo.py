@@ -59,13 +59,13 @@ def main() -> None:
     print(f"{options.objective}: {options.steps} steps of {PAIRS} pairs; {len(validation) * PAIRS} pairs held out")
 
     def measured() -> dict[str, float]:
-        objective.metrics.take()
+        objective.metrics.means()
         loss = evaluate(module, objective, validation)
-        found = objective.metrics.take()
+        found = objective.metrics.means()
         return {"loss": loss, "accuracy": found["validation_accuracy"], "margin": found["validation_margin"]}
 
     def show(report: StepReport) -> None:
-        seen = objective.metrics.take()
+        seen = objective.metrics.means()
         seconds = time.perf_counter() - started
         print(
             f"  step {report.step}, loss {report.loss:.3f}, accuracy {seen['accuracy']:.2f}, {seconds:.0f} s",

@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_trl() -> None:
     loss.backward()
     expected = TRL["grpo"]
     assert loss.item() == pytest.approx(expected["loss"], abs=1e-4, rel=1e-4)
-    assert objective.metrics.take()["kl"] == pytest.approx(expected["kl"], rel=1e-4)
+    assert objective.metrics.means()["kl"] == pytest.approx(expected["kl"], rel=1e-4)
     for name, parameter in built.named_parameters():
         assert parameter.grad.norm().item() == pytest.approx(expected["gradients"][name]["norm"], rel=1e-4)
         np.testing.assert_allclose(
@@ -94,7 +94,7 @@ def trainer(folder: Path, method: Full | LoRA, steps: int, **knobs: Any) -> Trai
 def test_the_reward_rises(tmp_path: Path, method: Full | LoRA) -> None:
     run = trainer(tmp_path, method, 20, beta=0.001)
     rewards: list[float] = []
-    run.run(lambda report: rewards.append(run.objective.metrics.take()["reward"]))  # type: ignore[attr-defined]
+    run.run(lambda report: rewards.append(run.objective.metrics.means()["reward"]))  # type: ignore[attr-defined]
     assert np.mean(rewards[:2]) < 0.5
     assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.2
 

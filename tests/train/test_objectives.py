@@ -155,7 +155,7 @@ def test_the_loss_before_training_by_hand(name: str, loss: float) -> None:
     objective = knobs(name).objective(built)
     assert objective.count(batch) == (3 if name == "kto" else 2)
     assert objective.loss(built, batch, objective.count(batch)).item() == pytest.approx(loss, rel=1e-5)
-    assert objective.metrics.take().get("accuracy", 0.5) == 0.5
+    assert objective.metrics.means().get("accuracy", 0.5) == 0.5
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
