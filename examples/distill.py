@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.ops.torch_ops import TorchOps
 from puna.store import resolve
@@ -36,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--out", type=Path, default=Path("distill.json"))
     options = parser.parse_args()
@@ -93,7 +95,7 @@ def main() -> None:
 
 
 def module(checkpoint: Checkpoint) -> LlamaModule:
-    return LlamaModule(TorchOps(), checkpoint.config, checkpoint.tensors, Full(frozen=FROZEN))
+    return LlamaModule(TorchOps(torch.bfloat16), checkpoint.config, checkpoint.tensors, Full(frozen=FROZEN))
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ class Trainer:
             report = dataclasses.replace(report, seconds=time.perf_counter() - started)
             last = self.step == self.settings.steps
             if self.validation and (last or self.step % self.settings.evaluate_every == 0):
-                loss, metrics = _evaluated(self.module, self.objective, self.validation, self.ranks)
+                loss, metrics = measure(self.module, self.objective, self.validation, self.ranks)
                 report = dataclasses.replace(report, validation_loss=loss, metrics={**report.metrics, **metrics})
             ended = self.ranks.tell(self.ranks.first and on_step(report) is True)
             if ended or last or self.step % self.settings.save_every == 0:
@@ -281,12 +281,13 @@ class Trainer:
 
 def evaluate(module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks = ALONE) -> float:
     """The mean loss over all of them, without dropout; each rank takes its share."""
-    return _evaluated(module, objective, micro_batches, ranks)[0]
+    return measure(module, objective, micro_batches, ranks)[0]
 
 
-def _evaluated(
-    module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks
+def measure(
+    module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks = ALONE
 ) -> tuple[float, dict[str, float]]:
+    """As ``evaluate``, and what else the objective measures, named ``validation_…``."""
     module.shard()
     training = module.training
     module.eval()
