@@ -17,6 +17,7 @@ from puna.cli.training import run_options, run_recipe
 @click.option(
     "--objective", default="sft", show_default=True, help="What is learnt: sft, pretrain, dpo, … (docs/fine-tuning.md)."
 )
+@click.option("--teacher", metavar="MODEL", help="The model that is learnt from, for --objective distill.")
 @click.option(
     "--method",
     type=click.Choice(["lora", "qlora", "full"]),
@@ -41,6 +42,7 @@ def finetune(
     data: tuple[str, ...],
     out: str,
     objective: str,
+    teacher: str | None,
     method: str,
     rank: int | None,
     merge: bool,
@@ -69,7 +71,7 @@ def finetune(
         "model": model,
         "output": out,
         "data": [{"path": path, **_given(source)} for path in data],
-        "objective": {"type": objective},
+        "objective": _given({"type": objective, "teacher": teacher}),
         "method": _given({"type": method, "rank": rank}),
         "training": _given(training),
         "save": {"merge": merge},

@@ -22,7 +22,8 @@ from puna.errors import StoreError, TrainingError
 from puna.model.shapes import parameter_count
 from puna.ops.torch_ops import TorchOps
 from puna.store import Manifest, ModelName, ResolvedModel, Store, resolve
-from puna.train.estimate import Estimate, fitted
+from puna.train.assemble import Teacher, find_teacher, make_objective
+from puna.train.estimate import Estimate, fitted, weight_bytes
 from puna.train.module import LlamaModule
 from puna.train.parallel import ALONE, Ranks
 from puna.train.plan import Plan, make_plan
@@ -33,6 +34,7 @@ from puna.train.result import check_name, register, save_result
 from puna.train.runs import Evaluation, Run, RunFolder, RunInputs
 from puna.train.runs.folder import check_same
 from puna.train.runs.run import RECORD, STATES, Busy
+from puna.train.student import student_of
 from puna.train.trainer import StepReport, Trainer, evaluate
 from puna.train.training_state import best_state, read_into
 
@@ -51,6 +53,7 @@ class Prepared:
     estimate: Estimate
     folder: Path
     store: Store
+    teacher: Teacher | None
     begun: Run | None
     restart: bool
 
@@ -117,6 +120,9 @@ def prepare(
             f"{recipe.model} is a model with an adapter; train the model that it belongs to, or a merged one"
         )
     checkpoint = open_checkpoint(found.path)
+    if recipe.method.layers is not None:
+        checkpoint = student_of(checkpoint, recipe.method.layers)
+    teacher = find_teacher(recipe, checkpoint.config, store)
     begun = Run.read(folder) if (folder / RECORD).exists() else None
     if begun is not None and begun.busy:
         raise Busy(f"another process trains in {folder} now; wait for it, or choose another --out")
@@ -127,10 +133,11 @@ def prepare(
     data = prepare_data(recipe, found, variables, on_source)
     if plan is None:
         plan = make_plan(recipe, checkpoint.config, data, variables)
-    plan, estimate = ranks.tell(fitted(recipe, checkpoint, plan, force, ranks.count))
+    others = 0 if teacher is None else weight_bytes(teacher.checkpoint)
+    plan, estimate = ranks.tell(fitted(recipe, checkpoint, plan, force, ranks.count, others))
     plan.settings(recipe)
     prepared = Prepared(
-        recipe, found, checkpoint, data, plan, estimate, folder, store, begun if goes_on else None, restart
+        recipe, found, checkpoint, data, plan, estimate, folder, store, teacher, begun if goes_on else None, restart
     )
     if prepared.begun is not None:
         check_same(prepared.begun, recipe_to_toml(recipe), prepared.inputs)
@@ -167,7 +174,7 @@ def _run(
     recipe, plan, data = prepared.recipe, prepared.plan, prepared.data
     on_stage("loading the model")
     module = make_module(prepared, ranks)
-    objective = recipe.objective.objective(module)
+    objective = make_objective(recipe, module, prepared.teacher, prepared.folder)
     held_out = data.held_out(plan.length, plan.truncation, plan.answers)
     stream = data.stream(recipe.seed, plan.length, plan.truncation, plan.answers)
     states = prepared.folder / STATES

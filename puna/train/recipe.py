@@ -19,6 +19,7 @@ from puna.train.data.render import TrainOn
 from puna.train.data.tokens import Truncation
 from puna.train.module import LINEAR_LAYERS, Full, LoRA
 from puna.train.objectives import OBJECTIVES, Knobs
+from puna.train.objectives.distill import Distill
 from puna.train.objectives.next_token import SFT
 from puna.train.optimizers import OPTIMIZERS
 from puna.train.tables import nearest, read_table, to_toml, write_table
@@ -64,6 +65,9 @@ class Method:
     ``lora``: low-rank changes over the model as it is, quantized or not (``LoRA``). ``qlora``: the same, but matrices
     of floats are kept in memory as ``base_type``. ``full``: every weight but those whose names the regular expression
     ``frozen`` finds.
+
+    With ``layers`` the model keeps only these of its layers, in this order, and what is made is a smaller model of its
+    own (puna/train/student.py).
     """
 
     type: Literal["lora", "qlora", "full"] = "lora"
@@ -75,6 +79,7 @@ class Method:
     dora: bool = False
     base_type: str | None = None
     frozen: str | None = None
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.type == "full":
@@ -238,6 +243,8 @@ class Recipe:
                 )
         if self.method.dora and not self.save.merge:
             raise TrainingError("method.dora makes no adapter that can be served; set save.merge to true")
+        if self.method.layers is not None and self.method.type != "full" and not self.save.merge:
+            raise TrainingError("method.layers makes a model of its own, not an adapter; set save.merge to true")
         if self.method.type != "full" and not self.save.merge and (self.save.format or self.save.type):
             raise TrainingError("save.format and save.type are of whole models; an adapter has none: set save.merge")
 
@@ -264,7 +271,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def recipe_from(raw: Mapping[str, Any], folder: Path | None = None) -> Recipe:
-    """A recipe from plain values. Relative paths of data, and of a model, begin at ``folder``. Raises TrainingError."""
+    """A recipe from plain values. Relative paths begin at ``folder``. Raises TrainingError."""
     table = raw.get("objective", {})
     if not isinstance(table, Mapping):
         raise TrainingError(f'objective must be a table, [objective], with type = "sft" or another; found {table!r}')
@@ -277,9 +284,12 @@ def recipe_from(raw: Mapping[str, Any], folder: Path | None = None) -> Recipe:
     if folder is None:
         return recipe
     data = tuple(replace(source, path=str(folder / Path(source.path).expanduser())) for source in recipe.data)
-    beside = folder / Path(recipe.model).expanduser()
-    is_path = beside.exists() and ("/" in recipe.model or beside.suffix == ".gguf")
-    return replace(recipe, data=data, model=str(beside) if is_path else recipe.model)
+    return replace(
+        recipe,
+        data=data,
+        model=_model_beside(recipe.model, folder),
+        objective=_objective_beside(recipe.objective, folder),
+    )
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -287,6 +297,18 @@ def recipe_to_toml(recipe: Recipe) -> str:
     table = write_table(recipe)
     table["objective"] = {"type": recipe.objective_name, **write_table(recipe.objective)}
     return to_toml(table)
+
+
+def _model_beside(model: str, folder: Path) -> str:
+    beside = folder / Path(model).expanduser()
+    return str(beside) if beside.exists() and ("/" in model or beside.suffix == ".gguf") else model
+
+
+def _objective_beside(knobs: Knobs, folder: Path) -> Knobs:
+    if not isinstance(knobs, Distill):
+        return knobs
+    cache = None if knobs.cache is None else str(folder / Path(knobs.cache).expanduser())
+    return replace(knobs, teacher=_model_beside(knobs.teacher, folder), cache=cache)
 
 
 def _stored_name(model: str) -> ModelName | None:

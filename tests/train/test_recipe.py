@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 from puna.errors import TrainingError
+from puna.train.objectives.distill import Distill
 from puna.train.objectives.pairs import DPO
 from puna.train.recipe import (
     DataSource,
@@ -30,6 +31,13 @@ else:
     import tomli as tomllib
 
 PLAIN: dict[str, Any] = {"model": "smollm2", "output": "bot", "data": [{"path": "a.jsonl"}]}
+
+
+def test_a_teacher_and_its_cache_begin_at_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "big.gguf").touch()
+    knobs = {"type": "distill", "teacher": "big.gguf", "cache": "kept"}
+    found = recipe_from({**PLAIN, "objective": knobs}, tmp_path).objective
+    assert found == Distill(str(tmp_path / "big.gguf"), cache=str(tmp_path / "kept"))
 
 
 def test_the_least_recipe() -> None:
@@ -70,6 +78,10 @@ def test_paths_begin_at_the_recipe(tmp_path: Path) -> None:
         ({"method": {"base_type": "Q8_0"}}, r"method\.base_type goes with type qlora"),
         ({"method": {"type": "qlora", "base_type": "Q8"}}, r"did you mean Q8_0\?"),
         ({"method": {"dora": True}}, r"set save\.merge"),
+        ({"method": {"layers": [0, 2]}}, r"method\.layers makes a model of its own.* set save\.merge"),
+        ({"method": {"type": "full", "layers": ["0"]}}, r"method\.layers\[0\] must be a whole number"),
+        ({"objective": {"type": "distill"}}, r"lacks objective\.teacher"),
+        ({"objective": {"type": "distill", "teacher": "a", "top_k": 0, "cache": "c"}}, "keeps nothing"),
         ({"training": {"epochs": 1, "steps": 3}}, r"training\.epochs and training\.steps"),
         ({"training": {"learning_rate": 0}}, r"training\.learning_rate must be above 0"),
         ({"training": {"learning_rate": float("nan")}}, r"training\.learning_rate must be a number"),
