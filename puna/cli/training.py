@@ -123,7 +123,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
 
 def _result(outcome: Outcome) -> dict[str, Any]:
     return {
-        "model": str(outcome.manifest.model_name),
+        "model": str(outcome.manifest.model_name) if outcome.manifest else None,
         "path": str(outcome.path),
         "steps": outcome.steps,
         "held_out_loss_before": outcome.before,
@@ -175,6 +175,11 @@ def _show(prepared: Prepared, console: Console) -> None:
 def _show_outcome(outcome: Outcome, console: Console) -> None:
     if outcome.before is not None and outcome.after is not None:
         console.print(f"held-out loss: {outcome.before:.4f} before, {outcome.after:.4f} after")
+    if outcome.manifest is None:
+        console.print(
+            f"the reward model lies in {outcome.path}, as transformers loads it", markup=False, soft_wrap=True
+        )
+        return
     name = str(outcome.manifest.model_name).removesuffix(":latest")
     console.print(f"{name} is ready. Try: puna run {name}", markup=False)
 

@@ -75,7 +75,10 @@ def fitted(
 
 
 def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int = 1, other_models: int = 0) -> Estimate:
-    """Of a recipe and its plan, for each of several ``processes``, which all have the ``other_models``. Reads shapes and types of the weights only."""
+    """Of a recipe and its plan, for each of several ``processes``, which all have the ``other_models``.
+
+    Reads shapes and types of the weights only.
+    """
     config, method = checkpoint.config, recipe.method.trained()
     dtype = getattr(torch, plan.dtype)
     master = torch.promote_types(dtype, torch.float32).itemsize

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -35,7 +35,7 @@ from puna.train.runs import Evaluation, Run, RunFolder, RunInputs
 from puna.train.runs.folder import check_same
 from puna.train.runs.run import RECORD, STATES, Busy
 from puna.train.student import student_of
-from puna.train.trainer import StepReport, Trainer, evaluate
+from puna.train.trainer import StepReport, Trainer, measure
 from puna.train.training_state import best_state, read_into
 
 PLAN = "plan.json"
@@ -81,9 +81,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was made, where, and the held-out losses; None where no row was held out."""
+    """What was made, where, and the held-out losses; None where no row was held out.
 
-    manifest: Manifest
+    A reward model is no model that answers, so it is not in the store and has no ``manifest``: it stays at ``path``.
+    """
+
+    manifest: Manifest | None
     path: Path
     steps: int
     before: float | None
@@ -151,7 +154,7 @@ def run(
     on_stage: Callable[[str], None] = lambda stage: None,
     ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Train to the end, save, and store under the recipe's name. ``on_stage`` hears what is begun.
+    """Train to the end, save, and store under the recipe's name what answers. ``on_stage`` hears what is begun.
 
     Of several ``ranks`` the first has the run's folder and the store to itself. Raises TrainingError, CheckpointError,
     StoreError; the run can be gone on with after any of them, or a kill.
@@ -183,7 +186,7 @@ def _run(
     before = ranks.tell(folder.record.before if folder else None)
     if held_out and before is None:
         on_stage("measuring the held-out loss before")
-        before = Evaluation({"loss": evaluate(module, objective, held_out, ranks)})
+        before = _evaluation(measure(module, objective, held_out, ranks))
     if folder:
         parameters = parameter_count(prepared.checkpoint.config)
         folder.note(parameters=parameters, trained_parameters=trained, before=before)
@@ -198,15 +201,15 @@ def _run(
     if recipe.training.keep_best:
         _take_best(module, states)
     on_stage("measuring the held-out loss after")
-    after = Evaluation({"loss": evaluate(module, objective, held_out, ranks)}) if held_out else None
+    after = _evaluation(measure(module, objective, held_out, ranks)) if held_out else None
     on_stage("saving")
     path = save_result(recipe, prepared.found, prepared.checkpoint, module, prepared.folder, ranks)
-    stored = None
+    manifest = None
     if folder:
-        stored = register(recipe, prepared.found, path, prepared.store)
-        folder.finish(str(stored.model_name), after)
-    manifest = ranks.tell(stored)
-    assert manifest is not None
+        if not recipe.makes_reward_model:
+            manifest = register(recipe, prepared.found, path, prepared.store)
+        folder.finish(str(manifest.model_name) if manifest else str(path), after)
+    manifest = ranks.tell(manifest)
     return Outcome(manifest, path, trainer.step, _loss(before), _loss(after))
 
 
@@ -258,6 +261,10 @@ def _numbers(report: StepReport) -> dict[str, float | None]:
         "memory_bytes": psutil.Process().memory_info().rss,
     }
     return {**numbers, **report.metrics}
+
+
+def _evaluation(measured: Mapping[str, float]) -> Evaluation:
+    return Evaluation({name.removeprefix("validation_"): value for name, value in measured.items()})
 
 
 def _loss(evaluation: Evaluation | None) -> float | None:

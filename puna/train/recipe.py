@@ -21,6 +21,7 @@ from puna.train.module import LINEAR_LAYERS, Full, LoRA
 from puna.train.objectives import OBJECTIVES, Knobs
 from puna.train.objectives.distill import Distill
 from puna.train.objectives.next_token import SFT
+from puna.train.objectives.reward import Reward
 from puna.train.optimizers import OPTIMIZERS
 from puna.train.tables import nearest, read_table, to_toml, write_table
 
@@ -194,7 +195,8 @@ class Saving:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``output`` is the name in the store of what is made of ``model``. ``device`` is torch's name of it."""
+    """``output`` is the name in the store of what is made of ``model``; a reward model stays in the run's folder.
+    ``device`` is torch's name of it."""
 
     model: str
     output: str
@@ -223,7 +225,7 @@ class Recipe:
             raise TrainingError(f"data: {source.path} has no weight, but others have; give all of them one, or none")
         if all(source.validation == 1 for source in self.data):
             raise TrainingError("data: everything is held out for validation, so nothing is left to train on")
-        if self.objective_name == "reward" or self.rows not in ("documents", "pairs", "labelled"):
+        if self.rows not in ("documents", "pairs", "labelled"):
             raise TrainingError(
                 f"objective.type {self.objective_name} is for Python so far (puna.train.objectives); the commands "
                 "train models that answer, on rows that hold the answers"
@@ -241,16 +243,28 @@ class Recipe:
                 raise TrainingError(
                     f"train_on is {source.train_on} for {source.path}, but pretraining learns everything"
                 )
-        if self.method.dora and not self.save.merge:
+        if self.makes_reward_model and self.save != Saving():
+            raise TrainingError("[save] is not for a reward model, which is always merged, in safetensors; take it out")
+        if self.makes_adapter and self.method.dora:
             raise TrainingError("method.dora makes no adapter that can be served; set save.merge to true")
-        if self.method.layers is not None and self.method.type != "full" and not self.save.merge:
+        if self.makes_adapter and self.method.layers is not None:
             raise TrainingError("method.layers makes a model of its own, not an adapter; set save.merge to true")
-        if self.method.type != "full" and not self.save.merge and (self.save.format or self.save.type):
+        if self.makes_adapter and (self.save.format or self.save.type):
             raise TrainingError("save.format and save.type are of whole models; an adapter has none: set save.merge")
 
     @property
     def objective_name(self) -> str:
         return next(name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
+
+    @property
+    def makes_reward_model(self) -> bool:
+        """Whether the result scores answers, and gives none."""
+        return isinstance(self.objective, Reward)
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the result is an adapter beside the model, and not a model of its own."""
+        return self.method.type != "full" and not self.save.merge and not self.makes_reward_model
 
     @property
     def rows(self) -> str:

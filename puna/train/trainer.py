@@ -205,8 +205,9 @@ class Trainer:
             report = dataclasses.replace(report, seconds=time.perf_counter() - started)
             last = self.step == self.settings.steps
             if self.validation and (last or self.step % self.settings.evaluate_every == 0):
-                loss, metrics = _evaluated(self.module, self.objective, self.validation, self.ranks)
-                report = dataclasses.replace(report, validation_loss=loss, metrics={**report.metrics, **metrics})
+                measured = measure(self.module, self.objective, self.validation, self.ranks)
+                loss = measured.pop("loss")
+                report = dataclasses.replace(report, validation_loss=loss, metrics={**report.metrics, **measured})
             ended = self.ranks.tell(self.ranks.first and on_step(report) is True)
             if ended or last or self.step % self.settings.save_every == 0:
                 self._save(report.validation_loss)
@@ -281,12 +282,13 @@ class Trainer:
 
 def evaluate(module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks = ALONE) -> float:
     """The mean loss over all of them, without dropout; each rank takes its share."""
-    return _evaluated(module, objective, micro_batches, ranks)[0]
+    return measure(module, objective, micro_batches, ranks)["loss"]
 
 
-def _evaluated(
-    module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks
-) -> tuple[float, dict[str, float]]:
+def measure(
+    module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """The same ``loss``, and the means of what else the objective measures, by name."""
     module.shard()
     training = module.training
     module.eval()
@@ -294,7 +296,7 @@ def _evaluated(
         loss, _, metrics = _pass(module, objective, micro_batches, ranks, None)
     release(module)
     module.train(training)
-    return loss, metrics
+    return {"loss": loss, **metrics}
 
 
 def _pass(

@@ -96,7 +96,7 @@ def test_paths_begin_at_the_recipe(tmp_path: Path) -> None:
         ({"objective": {"beta": 1}}, r"no field objective\.beta"),
         ({"objective": {"type": "dpo", "beta": -1.0}}, "beta of dpo"),
         ({"objective": "dpo"}, "objective must be a table"),
-        ({"objective": {"type": "reward"}}, r"objective\.type reward is for Python"),
+        ({"objective": {"type": "reward"}, "save": {"merge": True}}, r"\[save\] is not for a reward model"),
         (
             {"objective": {"type": "dpo"}, "data": [{"path": "a"}, {"path": "b", "variables": {"x": 1}}]},
             "variables differ",
