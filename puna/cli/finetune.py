@@ -19,6 +19,9 @@ from puna.cli.training import run_options, run_recipe
 )
 @click.option("--teacher", metavar="MODEL", help="The model that is learnt from, for --objective distill.")
 @click.option(
+    "--reward", metavar="NAME", help="What judges sampled answers, for --objective grpo: exact, number, json."
+)
+@click.option(
     "--method",
     type=click.Choice(["lora", "qlora", "full"]),
     default="lora",
@@ -43,6 +46,7 @@ def finetune(
     out: str,
     objective: str,
     teacher: str | None,
+    reward: str | None,
     method: str,
     rank: int | None,
     merge: bool,
@@ -64,14 +68,14 @@ def finetune(
     `puna train` takes every knob there is from a recipe.
     """
     source = {"format": form, "columns": columns, "validation": validation, "skip_bad": skip_bad}
-    if objective != "pretrain":
+    if objective not in ("pretrain", "grpo"):  # of which nobody can choose what is learnt
         source["train_on"] = train_on
     training = {"epochs": epochs, "steps": steps, "learning_rate": learning_rate, "length": length}
     raw = {
         "model": model,
         "output": out,
         "data": [{"path": path, **_given(source)} for path in data],
-        "objective": _given({"type": objective, "teacher": teacher}),
+        "objective": _given({"type": objective, "teacher": teacher, "reward": reward}),
         "method": _given({"type": method, "rank": rank}),
         "training": _given(training),
         "save": {"merge": merge},

@@ -84,7 +84,8 @@ def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int 
     master = torch.promote_types(dtype, torch.float32).itemsize
     trained = trained_parameters(recipe, config)
     kept, largest = _frozen(recipe, checkpoint, dtype)
-    tokens = plan.length if recipe.rows == "documents" else 2 * plan.answers * plan.length
+    documents = {"documents": 1, "prompts": plan.answers}.get(recipe.rows, 2 * plan.answers)
+    tokens = documents * plan.length
     numbers = math.ceil(tokens * _kept_numbers(config, 0 if isinstance(method, Full) else method.rank))
     layer = numbers * dtype.itemsize
     between = tokens * config.hidden_size * dtype.itemsize

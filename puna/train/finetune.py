@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,11 +22,11 @@ from puna.errors import StoreError, TrainingError
 from puna.model.shapes import parameter_count
 from puna.ops.torch_ops import TorchOps
 from puna.store import Manifest, ModelName, ResolvedModel, Store, resolve
-from puna.train.assemble import Teacher, find_teacher, make_objective
-from puna.train.estimate import Estimate, fitted, weight_bytes
+from puna.train.assemble import Teacher, assemble, check_ranks, find_teacher, other_models
+from puna.train.estimate import Estimate, fitted
 from puna.train.module import LlamaModule
 from puna.train.parallel import ALONE, Ranks
-from puna.train.plan import Plan, make_plan
+from puna.train.plan import Plan, make_plan, needed_lengths
 from puna.train.prepare import OnSource, PreparedData, prepare_data
 from puna.train.quantized_base import QuantizedBase
 from puna.train.recipe import Recipe, recipe_to_toml
@@ -35,7 +35,7 @@ from puna.train.runs import Evaluation, Run, RunFolder, RunInputs
 from puna.train.runs.folder import check_same
 from puna.train.runs.run import RECORD, STATES, Busy
 from puna.train.student import student_of
-from puna.train.trainer import StepReport, Trainer, measure
+from puna.train.trainer import StepReport, Trainer
 from puna.train.training_state import best_state, read_into
 
 PLAN = "plan.json"
@@ -61,7 +61,7 @@ class Prepared:
     def left_out_documents(self) -> int:
         """How many documents are too long, where such are dropped."""
         dropped = self.plan.truncation == "drop"
-        return int((self.data.lengths > self.plan.length).sum()) if dropped else 0
+        return int((needed_lengths(self.recipe, self.data) > self.plan.length).sum()) if dropped else 0
 
     @property
     def inputs(self) -> RunInputs:
@@ -81,7 +81,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was made, where, and the held-out losses; None where no row was held out.
+    """What was made, where, and what held-out rows measured, ``loss`` or ``reward``; None where no row was held out.
 
     A reward model is no model that answers, so it is not in the store and has no ``manifest``: it stays at ``path``.
     """
@@ -91,6 +91,7 @@ class Outcome:
     steps: int
     before: float | None
     after: float | None
+    measure: str
 
 
 def run_folder(recipe: Recipe, store: Store) -> Path:
@@ -115,6 +116,7 @@ def prepare(
     run of another recipe or other data.
     """
     store = store or Store()
+    check_ranks(recipe, ranks)
     folder = run_folder(recipe, store)
     check_name(recipe, folder, store)
     found = resolve(recipe.model, store)
@@ -136,7 +138,7 @@ def prepare(
     data = prepare_data(recipe, found, variables, on_source)
     if plan is None:
         plan = make_plan(recipe, checkpoint.config, data, variables)
-    others = 0 if teacher is None else weight_bytes(teacher.checkpoint)
+    others = other_models(recipe, checkpoint, plan, teacher)
     plan, estimate = ranks.tell(fitted(recipe, checkpoint, plan, force, ranks.count, others))
     plan.settings(recipe)
     prepared = Prepared(
@@ -177,16 +179,14 @@ def _run(
     recipe, plan, data = prepared.recipe, prepared.plan, prepared.data
     on_stage("loading the model")
     module = make_module(prepared, ranks)
-    objective = make_objective(recipe, module, prepared.teacher, prepared.folder)
-    held_out = data.held_out(plan.length, plan.truncation, plan.answers)
-    stream = data.stream(recipe.seed, plan.length, plan.truncation, plan.answers)
+    work = assemble(recipe, plan, data, module, prepared.teacher, prepared.folder, ranks)
     states = prepared.folder / STATES
-    trainer = Trainer(module, objective, stream, plan.settings(recipe), states, held_out, ranks)
+    trainer = Trainer(module, work.objective, work.stream, plan.settings(recipe), states, work.validation, ranks)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     before = ranks.tell(folder.record.before if folder else None)
-    if held_out and before is None:
-        on_stage("measuring the held-out loss before")
-        before = _evaluation(measure(module, objective, held_out, ranks))
+    if data.held_out_rows and before is None:
+        on_stage("measuring on held-out rows before")
+        before = work.evaluate()
     if folder:
         parameters = parameter_count(prepared.checkpoint.config)
         folder.note(parameters=parameters, trained_parameters=trained, before=before)
@@ -200,8 +200,8 @@ def _run(
     trainer.run(log)
     if recipe.training.keep_best:
         _take_best(module, states)
-    on_stage("measuring the held-out loss after")
-    after = _evaluation(measure(module, objective, held_out, ranks)) if held_out else None
+    on_stage("measuring on held-out rows after")
+    after = work.evaluate()
     on_stage("saving")
     path = save_result(recipe, prepared.found, prepared.checkpoint, module, prepared.folder, ranks)
     manifest = None
@@ -210,7 +210,9 @@ def _run(
             manifest = register(recipe, prepared.found, path, prepared.store)
         folder.finish(str(manifest.model_name) if manifest else str(path), after)
     manifest = ranks.tell(manifest)
-    return Outcome(manifest, path, trainer.step, _loss(before), _loss(after))
+    return Outcome(
+        manifest, path, trainer.step, _value(before, recipe.measure), _value(after, recipe.measure), recipe.measure
+    )
 
 
 def make_module(prepared: Prepared, ranks: Ranks = ALONE) -> LlamaModule:
@@ -263,12 +265,8 @@ def _numbers(report: StepReport) -> dict[str, float | None]:
     return {**numbers, **report.metrics}
 
 
-def _evaluation(measured: Mapping[str, float]) -> Evaluation:
-    return Evaluation({name.removeprefix("validation_"): value for name, value in measured.items()})
-
-
-def _loss(evaluation: Evaluation | None) -> float | None:
-    return None if evaluation is None else evaluation.numbers["loss"]
+def _value(evaluation: Evaluation | None, name: str) -> float | None:
+    return None if evaluation is None else evaluation.numbers[name]
 
 
 def _take_best(module: LlamaModule, states: Path) -> None:

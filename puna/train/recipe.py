@@ -19,7 +19,6 @@ from puna.train.data.render import TrainOn
 from puna.train.data.tokens import Truncation
 from puna.train.module import LINEAR_LAYERS, Full, LoRA
 from puna.train.objectives import OBJECTIVES, Knobs
-from puna.train.objectives.distill import Distill
 from puna.train.objectives.next_token import SFT
 from puna.train.objectives.reward import Reward
 from puna.train.optimizers import OPTIMIZERS
@@ -225,15 +224,14 @@ class Recipe:
             raise TrainingError(f"data: {source.path} has no weight, but others have; give all of them one, or none")
         if all(source.validation == 1 for source in self.data):
             raise TrainingError("data: everything is held out for validation, so nothing is left to train on")
-        if self.rows not in ("documents", "pairs", "labelled"):
-            raise TrainingError(
-                f"objective.type {self.objective_name} is for Python so far (puna.train.objectives); the commands "
-                "train models that answer, on rows that hold the answers"
-            )
-        if self.rows != "documents" and any(source.variables != self.data[0].variables for source in self.data):
+        if self.rows in ("pairs", "labelled") and any(
+            source.variables != self.data[0].variables for source in self.data
+        ):
             raise TrainingError("data: variables differ, but answers are compared under one template; make them equal")
         if self.rows != "documents" and self.training.truncation == "split":
             raise TrainingError("training.truncation is split, but whole answers are compared; choose cut_left or drop")
+        if self.rows == "prompts":
+            self._check_prompts()
         if self.rows == "documents" and self.training.answers is not None:
             raise TrainingError(
                 f"training.answers is for objectives that compare answers, which {self.objective_name} does not"
@@ -252,9 +250,28 @@ class Recipe:
         if self.makes_adapter and (self.save.format or self.save.type):
             raise TrainingError("save.format and save.type are of whole models; an adapter has none: set save.merge")
 
+    def _check_prompts(self) -> None:
+        for name, remedy in (
+            ("truncation", "a prompt that is too long is left out"),
+            ("batch", "objective.prompts is how many prompts a step answers"),
+            ("answers", "objective.group is how many answers a prompt gets"),
+        ):
+            if getattr(self.training, name) is not None:
+                raise TrainingError(f"training.{name} is not for {self.objective_name}: {remedy}; take it out")
+        for source in self.data:
+            if source.train_on not in (None, "last"):
+                raise TrainingError(
+                    f"train_on is {source.train_on} for {source.path}, but of prompts only the last answer is expected"
+                )
+
     @property
     def objective_name(self) -> str:
         return next(name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
+
+    @property
+    def measure(self) -> str:
+        """What held-out rows say of the model, first of all."""
+        return "reward" if self.rows == "prompts" else "loss"
 
     @property
     def makes_reward_model(self) -> bool:
@@ -268,7 +285,7 @@ class Recipe:
 
     @property
     def rows(self) -> str:
-        """What its micro-batches are made of: ``documents``, ``pairs`` or ``labelled``."""
+        """What its micro-batches are made of: ``documents``, ``pairs``, ``labelled`` or ``prompts``."""
         return self.objective.rows
 
 
@@ -292,18 +309,15 @@ def recipe_from(raw: Mapping[str, Any], folder: Path | None = None) -> Recipe:
     name = table.get("type", "sft")
     if name not in OBJECTIVES:
         raise TrainingError(f"objective.type is {name!r}; {nearest(str(name), OBJECTIVES)}")
-    knobs = read_table(OBJECTIVES[name], {key: own for key, own in table.items() if key != "type"}, "objective.")
+    own = {key: value if folder is None else _beside(key, value, folder) for key, value in table.items()}
+    own.pop("type", None)
+    knobs = read_table(OBJECTIVES[name], own, "objective.")
     rest = {key: own for key, own in raw.items() if key != "objective"}
     recipe = read_table(Recipe, rest, objective=knobs)
     if folder is None:
         return recipe
     data = tuple(replace(source, path=str(folder / Path(source.path).expanduser())) for source in recipe.data)
-    return replace(
-        recipe,
-        data=data,
-        model=_model_beside(recipe.model, folder),
-        objective=_objective_beside(recipe.objective, folder),
-    )
+    return replace(recipe, data=data, model=_model_beside(recipe.model, folder))
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -318,11 +332,13 @@ def _model_beside(model: str, folder: Path) -> str:
     return str(beside) if beside.exists() and ("/" in model or beside.suffix == ".gguf") else model
 
 
-def _objective_beside(knobs: Knobs, folder: Path) -> Knobs:
-    if not isinstance(knobs, Distill):
-        return knobs
-    cache = None if knobs.cache is None else str(folder / Path(knobs.cache).expanduser())
-    return replace(knobs, teacher=_model_beside(knobs.teacher, folder), cache=cache)
+def _beside(key: str, value: Any, folder: Path) -> Any:
+    """A knob of an objective that is a path: before it is read, for some are opened then."""
+    if not isinstance(value, str):
+        return value
+    if key == "teacher":
+        return _model_beside(value, folder)
+    return str(folder / Path(value).expanduser()) if key in ("cache", "schema") else value
 
 
 def _stored_name(model: str) -> ModelName | None:

@@ -172,9 +172,7 @@ class Trainer:
         validation: Sequence[Any] = (),
         ranks: Ranks = ALONE,
     ) -> None:
-        if ranks.count > 1 and settings.optimizer == "adamw8bit":
-            # Its blocks of numbers with one scale do not end where the ranks' rows do.
-            raise TrainingError("several processes share out the state of adamw and not of adamw8bit; choose adamw")
+        check_sharded(settings.optimizer, ranks)
         module.shard()
         self.module, self.objective, self.stream, self.settings = module, objective, stream, settings
         self.folder, self.validation, self.ranks = folder, validation, ranks
@@ -278,6 +276,13 @@ class Trainer:
         self._optimizer.restore(state.step, tensors)
         self.stream.restore(state.stream)
         self.step = state.step
+
+
+def check_sharded(optimizer: str, ranks: Ranks) -> None:
+    """Raises TrainingError for an optimizer whose state several ranks cannot share out."""
+    if ranks.count > 1 and optimizer == "adamw8bit":
+        # Its blocks of numbers with one scale do not end where the ranks' rows do.
+        raise TrainingError("several processes share out the state of adamw and not of adamw8bit; choose adamw")
 
 
 def evaluate(module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks = ALONE) -> float:

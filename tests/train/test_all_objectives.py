@@ -1,8 +1,9 @@
-"""The objectives that need more than rows, by recipe, or make something else: a teacher, a reward model."""
+"""By recipe, the objectives that need more than rows or make another thing: a teacher, a score, sampled answers."""
 # ruff: noqa: F811 (fixtures)
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,20 @@ torch = pytest.importorskip("torch")
 
 from test_finetune import NAMES, PLACES, _one_thread, recipe, rows, served_loss, store  # noqa: E402, F401
 
+from puna import LLM  # noqa: E402
+from puna.chat.go_template import chat_template  # noqa: E402
+from puna.chat.messages import Message  # noqa: E402
 from puna.checkpoint import open_checkpoint  # noqa: E402
-from puna.errors import StoreError, TrainingError  # noqa: E402
+from puna.errors import DataError, StoreError, TrainingError  # noqa: E402
 from puna.store import ModelName, Store, resolve  # noqa: E402
 from puna.train.assemble import TEACHER  # noqa: E402
+from puna.train.data.examples import Continuation, Conversation  # noqa: E402
+from puna.train.data.render import Renderer  # noqa: E402
 from puna.train.finetune import prepare, run  # noqa: E402
+from puna.train.parallel import Ranks  # noqa: E402
+from puna.train.rollouts import prompt_of  # noqa: E402
 from puna.train.runs import Run  # noqa: E402
+from puna.train.trainer import StepReport  # noqa: E402
 
 
 def write_pairs(path: Path) -> Path:
@@ -94,3 +103,77 @@ def test_a_reward_model_prefers_and_is_kept_in_its_folder(store: Store, tmp_path
             chosen, rejected = (model(torch.from_numpy(ids[None].astype("int64"))).logits.item() for ids in both)
         right += chosen > rejected
     assert right == prepared.data.held_out_rows > 0
+
+
+GRPO = {"type": "grpo", "reward": "regex", "pattern": "^He ", "group": 8, "prompts": 2, "max_tokens": 4, "beta": 0.001}
+SAMPLED: dict[str, Any] = {"objective": GRPO, "training": {"steps": 8, "learning_rate": 0.01, "save_every": 5}}
+
+
+def served_reward(store: Store, name: str, prompts: Sequence[str]) -> float:
+    with LLM.load(resolve(name, store)) as llm:
+        answers = [llm.generate(prompt, temperature=0, max_tokens=4).text for prompt in prompts]
+    return sum(answer.lstrip().startswith("He ") for answer in answers) / len(answers)
+
+
+def test_answers_that_are_rewarded_become_likelier(store: Store, rows: Path) -> None:
+    prepared = prepare(recipe(rows, **SAMPLED), store)
+    prompts = [example.prompt for example in prepared.data.sources[0].held_out]
+    outcome = run(prepared)
+    assert outcome.measure == "reward"
+    assert 0 < outcome.before < outcome.after == 1
+    assert outcome.before == served_reward(store, "stories", prompts)
+    assert outcome.after == served_reward(store, "bot", prompts)
+    record = Run.read(prepared.folder).record
+    assert record.after.samples[0].prompt.endswith(prompts[0])
+    assert record.after.samples[0].answer.startswith("He ")
+    assert len(Run.read(prepared.folder).metrics()) == 8
+
+    class Stopped(Exception):
+        pass
+
+    def stop(report: StepReport) -> None:
+        if report.step == 6:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(prepare(recipe(rows, output="cut", **SAMPLED), store), stop)
+    goes_on = prepare(recipe(rows, output="cut", **SAMPLED), store)
+    steps: list[int] = []
+    assert run(goes_on, lambda report: steps.append(report.step)).after == outcome.after
+    assert steps == [6, 7, 8]
+    whole, cut = (
+        [(row["loss"], row["reward"]) for row in Run.read(made.folder).metrics()] for made in (prepared, goes_on)
+    )
+    assert cut == whole
+
+
+def test_prompts_without_room_are_refused_before_loading(store: Store, rows: Path, tmp_path: Path) -> None:
+    objective = {**GRPO, "max_tokens": 125}
+    with pytest.raises(DataError, match=r"the shortest prompt with 125 tokens of answer takes 1\d\d, more than 128"):
+        prepare(recipe(rows, objective=objective), store)
+    with pytest.raises(DataError, match="the objective grpo learns from conversations, or prompts with their compl"):
+        prepare(recipe(write_pairs(tmp_path / "pairs.jsonl"), objective=GRPO), store)
+
+
+def test_several_processes_are_refused_before_loading(store: Store, rows: Path) -> None:
+    two = Ranks(0, 2)
+    with pytest.raises(TrainingError, match="grpo samples answers by an engine that one process has, but 2 were"):
+        prepare(recipe(rows, objective=GRPO), store, ranks=two)
+    with pytest.raises(TrainingError, match="not of adamw8bit; choose adamw"):
+        prepare(recipe(rows, training={"optimizer": "adamw8bit"}), store, ranks=two)
+
+
+def test_the_prompt_is_all_before_the_last_answer(store: Store) -> None:
+    tokenizer = open_checkpoint(resolve("stories", store).path).tokenizer
+    assert tokenizer is not None
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    renderer = Renderer(tokenizer, chat_template(source, tokenizer))
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    found = prompt_of(renderer, Conversation(tuple(Message(role, text) for role, text in turns), (1, 3)))
+    text = tokenizer.decode(found.ids).decode()
+    assert (text.endswith("[user]three</s>[assistant]"), "two" in text, found.expected) == (True, True, "four")
+    raw = prompt_of(renderer, Continuation(" yes", "Is it?"))
+    assert (tokenizer.decode(raw.ids).decode().endswith("Is it?"), raw.expected) == (True, " yes")

@@ -30,10 +30,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+GRPO = {"type": "grpo", "reward": "exact"}
 PLAIN: dict[str, Any] = {"model": "smollm2", "output": "bot", "data": [{"path": "a.jsonl"}]}
 
 
-def test_a_teacher_and_its_cache_begin_at_the_recipe(tmp_path: Path) -> None:
+def test_paths_of_objectives_begin_at_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text("{}")
+    judged = recipe_from({**PLAIN, "objective": {"type": "grpo", "reward": "json", "schema": "schema.json"}}, tmp_path)
+    assert judged.objective.schema == str(tmp_path / "schema.json")
     (tmp_path / "big.gguf").touch()
     knobs = {"type": "distill", "teacher": "big.gguf", "cache": "kept"}
     found = recipe_from({**PLAIN, "objective": knobs}, tmp_path).objective
@@ -102,6 +106,15 @@ def test_paths_begin_at_the_recipe(tmp_path: Path) -> None:
             "variables differ",
         ),
         ({"objective": {"type": "dpo"}, "training": {"truncation": "split"}}, r"training\.truncation is split"),
+        (
+            {"objective": GRPO, "training": {"batch": 2}},
+            r"training\.batch is not for grpo: objective\.prompts is how many",
+        ),
+        ({"objective": GRPO, "training": {"answers": 2}}, r"training\.answers is not for grpo: objective\.group"),
+        ({"objective": GRPO, "training": {"truncation": "drop"}}, r"training\.truncation is not for grpo"),
+        ({"objective": GRPO, "data": [{"path": "a", "train_on": "assistant"}]}, "train_on is assistant for a, but of"),
+        ({"objective": {"type": "grpo"}}, r"lacks objective\.reward"),
+        ({"objective": {"type": "grpo", "reward": "best"}}, "one of exact, number, regex, json; found 'best'"),
         ({"objective": {"type": "pretrain"}, "data": [{"path": "a", "train_on": "last"}]}, "pretraining learns"),
         ({"data": [{"path": "a", "weight": 1}, {"path": "b"}]}, "b has no weight"),
         ({"data": [{"path": "a", "validation": 1}]}, "everything is held out"),
