@@ -62,8 +62,8 @@ def main() -> None:
     print(f"{options.objective}: {options.steps} steps of {PAIRS} pairs; {len(held_out)} pairs held out")
 
     def measured() -> dict[str, float]:
-        loss, found = measure(module, objective, validation)
-        return {"loss": loss, "accuracy": found["validation_accuracy"], "margin": found["validation_margin"]}
+        found = measure(module, objective, validation)
+        return {"loss": found["loss"], "accuracy": found["validation_accuracy"], "margin": found["validation_margin"]}
 
     def show(report: StepReport) -> None:
         if report.step % 5 == 0:

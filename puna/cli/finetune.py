@@ -17,6 +17,10 @@ from puna.cli.training import run_options, run_recipe
 @click.option(
     "--objective", default="sft", show_default=True, help="What is learnt: sft, pretrain, dpo, … (docs/fine-tuning.md)."
 )
+@click.option("--teacher", metavar="MODEL", help="The model that is learnt from, for --objective distill.")
+@click.option(
+    "--reward", metavar="NAME", help="What judges sampled answers, for --objective grpo: exact, number, json."
+)
 @click.option(
     "--method",
     type=click.Choice(["lora", "qlora", "full"]),
@@ -41,6 +45,8 @@ def finetune(
     data: tuple[str, ...],
     out: str,
     objective: str,
+    teacher: str | None,
+    reward: str | None,
     method: str,
     rank: int | None,
     merge: bool,
@@ -62,14 +68,14 @@ def finetune(
     `puna train` takes every knob there is from a recipe.
     """
     source = {"format": form, "columns": columns, "validation": validation, "skip_bad": skip_bad}
-    if objective != "pretrain":
+    if objective not in ("pretrain", "grpo"):  # of which nobody can choose what is learnt
         source["train_on"] = train_on
     training = {"epochs": epochs, "steps": steps, "learning_rate": learning_rate, "length": length}
     raw = {
         "model": model,
         "output": out,
         "data": [{"path": path, **_given(source)} for path in data],
-        "objective": {"type": objective},
+        "objective": _given({"type": objective, "teacher": teacher, "reward": reward}),
         "method": _given({"type": method, "rank": rank}),
         "training": _given(training),
         "save": {"merge": merge},

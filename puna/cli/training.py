@@ -123,11 +123,11 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
 
 def _result(outcome: Outcome) -> dict[str, Any]:
     return {
-        "model": str(outcome.manifest.model_name),
+        "model": str(outcome.manifest.model_name) if outcome.manifest else None,
         "path": str(outcome.path),
         "steps": outcome.steps,
-        "held_out_loss_before": outcome.before,
-        "held_out_loss_after": outcome.after,
+        f"held_out_{outcome.measure}_before": outcome.before,
+        f"held_out_{outcome.measure}_after": outcome.after,
     }
 
 
@@ -174,7 +174,12 @@ def _show(prepared: Prepared, console: Console) -> None:
 
 def _show_outcome(outcome: Outcome, console: Console) -> None:
     if outcome.before is not None and outcome.after is not None:
-        console.print(f"held-out loss: {outcome.before:.4f} before, {outcome.after:.4f} after")
+        console.print(f"held-out {outcome.measure}: {outcome.before:.4f} before, {outcome.after:.4f} after")
+    if outcome.manifest is None:
+        console.print(
+            f"the reward model lies in {outcome.path}, as transformers loads it", markup=False, soft_wrap=True
+        )
+        return
     name = str(outcome.manifest.model_name).removesuffix(":latest")
     console.print(f"{name} is ready. Try: puna run {name}", markup=False)
 
@@ -223,7 +228,9 @@ class _LiveLine:
         speed = report.count / max(report.seconds, 1e-9)
         if report.validation_loss is not None:
             self._held_out = f", held-out {report.validation_loss:.4f}"
-        text = f"step {report.step}/{self._steps}  loss {report.loss:.4f}{self._held_out}  {speed:,.0f} learnt a second"
+        reward = f"  reward {report.metrics['reward']:.3f}" if "reward" in report.metrics else ""
+        found = f"step {report.step}/{self._steps}  loss {report.loss:.4f}{self._held_out}{reward}"
+        text = f"{found}  {speed:,.0f} learnt a second"
         if self._live:
             self._bar.update(self._task, completed=report.step, description=text)
         elif not self._quiet and (report.step in (1, self._steps) or report.validation_loss is not None):

@@ -30,8 +30,8 @@ _PART_OF_PEAK = 0.5  # of the speed of one large product that a whole step reach
 @dataclass(frozen=True)
 class Estimate:
     """Bytes: of the weights as they are kept, of numbers that are made and dropped on the way, of what is trained, its
-    gradients and the optimizer's, of what a micro-batch keeps for the backward pass, of the loss. ``available`` is what
-    the device has now. ``seconds`` is about what all steps take."""
+    gradients and the optimizer's, of what a micro-batch keeps for the backward pass, of the loss, of ``other_models``
+    that are read beside it. ``available`` is what the device has now. ``seconds`` is about what all steps take."""
 
     weights: int
     scratch: int
@@ -40,6 +40,7 @@ class Estimate:
     optimizer: int
     activations: int
     loss: int
+    other_models: int
     available: int
     trained_parameters: int
     seconds: float
@@ -47,7 +48,7 @@ class Estimate:
     @property
     def total(self) -> int:
         parts = (self.weights, self.scratch, self.parameters, self.gradients, self.optimizer, self.activations)
-        return sum(parts) + self.loss + OVERHEAD
+        return sum(parts) + self.loss + self.other_models + OVERHEAD
 
     @property
     def fits(self) -> bool:
@@ -55,16 +56,16 @@ class Estimate:
 
 
 def fitted(
-    recipe: Recipe, checkpoint: Checkpoint, plan: Plan, force: bool = False, processes: int = 1
+    recipe: Recipe, checkpoint: Checkpoint, plan: Plan, force: bool = False, processes: int = 1, other_models: int = 0
 ) -> tuple[Plan, Estimate]:
     """The plan, with ``recompute`` where only so it fits and the recipe does not say, and its estimate.
 
     Raises CapacityError when it does not fit, unless by ``force``.
     """
-    found = estimate(recipe, checkpoint, plan, processes)
+    found = estimate(recipe, checkpoint, plan, processes, other_models)
     if not found.fits and recipe.training.recompute is None:
         plan = replace(plan, recompute=True)
-        found = estimate(recipe, checkpoint, plan, processes)
+        found = estimate(recipe, checkpoint, plan, processes, other_models)
     if not found.fits and not force:
         raise CapacityError(
             f"the training needs about {_gigabytes(found.total)} of memory, but {_gigabytes(found.available)} are "
@@ -73,14 +74,18 @@ def fitted(
     return plan, found
 
 
-def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int = 1) -> Estimate:
-    """Of a recipe and its plan, for each of several ``processes``. Reads shapes and types of the weights only."""
+def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int = 1, other_models: int = 0) -> Estimate:
+    """Of a recipe and its plan, for each of several ``processes``, which all have the ``other_models``.
+
+    Reads shapes and types of the weights only.
+    """
     config, method = checkpoint.config, recipe.method.trained()
     dtype = getattr(torch, plan.dtype)
     master = torch.promote_types(dtype, torch.float32).itemsize
     trained = trained_parameters(recipe, config)
     kept, largest = _frozen(recipe, checkpoint, dtype)
-    tokens = plan.length if recipe.rows == "documents" else 2 * plan.answers * plan.length
+    documents = {"documents": 1, "prompts": plan.answers}.get(recipe.rows, 2 * plan.answers)
+    tokens = documents * plan.length
     numbers = math.ceil(tokens * _kept_numbers(config, 0 if isinstance(method, Full) else method.rank))
     layer = numbers * dtype.itemsize
     between = tokens * config.hidden_size * dtype.itemsize
@@ -99,10 +104,16 @@ def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int 
         optimizer=2 * own,
         activations=activations,
         loss=loss,
+        other_models=other_models,
         available=_available(plan.device) // on_one,
         trained_parameters=trained,
         seconds=_seconds(recipe, config, plan, dtype) / processes,
     )
+
+
+def weight_bytes(checkpoint: Checkpoint) -> int:
+    """Of all weights as they are in the file. Reads shapes and types only."""
+    return sum(weight.nbytes for weight in checkpoint.tensors.values())
 
 
 def trained_parameters(recipe: Recipe, config: ModelConfig) -> int:

@@ -22,10 +22,11 @@ from puna.errors import StoreError, TrainingError
 from puna.model.shapes import parameter_count
 from puna.ops.torch_ops import TorchOps
 from puna.store import Manifest, ModelName, ResolvedModel, Store, resolve
+from puna.train.assemble import Teacher, assemble, check_ranks, find_teacher, other_models
 from puna.train.estimate import Estimate, fitted
 from puna.train.module import LlamaModule
 from puna.train.parallel import ALONE, Ranks
-from puna.train.plan import Plan, make_plan
+from puna.train.plan import Plan, make_plan, needed_lengths
 from puna.train.prepare import OnSource, PreparedData, prepare_data
 from puna.train.quantized_base import QuantizedBase
 from puna.train.recipe import Recipe, recipe_to_toml
@@ -33,7 +34,8 @@ from puna.train.result import check_name, register, save_result
 from puna.train.runs import Evaluation, Run, RunFolder, RunInputs
 from puna.train.runs.folder import check_same
 from puna.train.runs.run import RECORD, STATES, Busy
-from puna.train.trainer import StepReport, Trainer, evaluate
+from puna.train.student import student_of
+from puna.train.trainer import StepReport, Trainer
 from puna.train.training_state import best_state, read_into
 
 PLAN = "plan.json"
@@ -51,6 +53,7 @@ class Prepared:
     estimate: Estimate
     folder: Path
     store: Store
+    teacher: Teacher | None
     begun: Run | None
     restart: bool
 
@@ -58,7 +61,7 @@ class Prepared:
     def left_out_documents(self) -> int:
         """How many documents are too long, where such are dropped."""
         dropped = self.plan.truncation == "drop"
-        return int((self.data.lengths > self.plan.length).sum()) if dropped else 0
+        return int((needed_lengths(self.recipe, self.data) > self.plan.length).sum()) if dropped else 0
 
     @property
     def inputs(self) -> RunInputs:
@@ -78,13 +81,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was made, where, and the held-out losses; None where no row was held out."""
+    """What was made, where, and what held-out rows measured, ``loss`` or ``reward``; None where no row was held out.
 
-    manifest: Manifest
+    A reward model is no model that answers, so it is not in the store and has no ``manifest``: it stays at ``path``.
+    """
+
+    manifest: Manifest | None
     path: Path
     steps: int
     before: float | None
     after: float | None
+    measure: str
 
 
 def run_folder(recipe: Recipe, store: Store) -> Path:
@@ -109,6 +116,7 @@ def prepare(
     run of another recipe or other data.
     """
     store = store or Store()
+    check_ranks(recipe, ranks)
     folder = run_folder(recipe, store)
     check_name(recipe, folder, store)
     found = resolve(recipe.model, store)
@@ -117,6 +125,9 @@ def prepare(
             f"{recipe.model} is a model with an adapter; train the model that it belongs to, or a merged one"
         )
     checkpoint = open_checkpoint(found.path)
+    if recipe.method.layers is not None:
+        checkpoint = student_of(checkpoint, recipe.method.layers)
+    teacher = find_teacher(recipe, checkpoint.config, store)
     begun = Run.read(folder) if (folder / RECORD).exists() else None
     if begun is not None and begun.busy:
         raise Busy(f"another process trains in {folder} now; wait for it, or choose another --out")
@@ -127,10 +138,11 @@ def prepare(
     data = prepare_data(recipe, found, variables, on_source)
     if plan is None:
         plan = make_plan(recipe, checkpoint.config, data, variables)
-    plan, estimate = ranks.tell(fitted(recipe, checkpoint, plan, force, ranks.count))
+    others = other_models(recipe, checkpoint, plan, teacher)
+    plan, estimate = ranks.tell(fitted(recipe, checkpoint, plan, force, ranks.count, others))
     plan.settings(recipe)
     prepared = Prepared(
-        recipe, found, checkpoint, data, plan, estimate, folder, store, begun if goes_on else None, restart
+        recipe, found, checkpoint, data, plan, estimate, folder, store, teacher, begun if goes_on else None, restart
     )
     if prepared.begun is not None:
         check_same(prepared.begun, recipe_to_toml(recipe), prepared.inputs)
@@ -144,7 +156,7 @@ def run(
     on_stage: Callable[[str], None] = lambda stage: None,
     ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Train to the end, save, and store under the recipe's name. ``on_stage`` hears what is begun.
+    """Train to the end, save, and store under the recipe's name what answers. ``on_stage`` hears what is begun.
 
     Of several ``ranks`` the first has the run's folder and the store to itself. Raises TrainingError, CheckpointError,
     StoreError; the run can be gone on with after any of them, or a kill.
@@ -167,16 +179,14 @@ def _run(
     recipe, plan, data = prepared.recipe, prepared.plan, prepared.data
     on_stage("loading the model")
     module = make_module(prepared, ranks)
-    objective = recipe.objective.objective(module)
-    held_out = data.held_out(plan.length, plan.truncation, plan.answers)
-    stream = data.stream(recipe.seed, plan.length, plan.truncation, plan.answers)
+    work = assemble(recipe, plan, data, module, prepared.teacher, prepared.folder, ranks)
     states = prepared.folder / STATES
-    trainer = Trainer(module, objective, stream, plan.settings(recipe), states, held_out, ranks)
+    trainer = Trainer(module, work.objective, work.stream, plan.settings(recipe), states, work.validation, ranks)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     before = ranks.tell(folder.record.before if folder else None)
-    if held_out and before is None:
-        on_stage("measuring the held-out loss before")
-        before = Evaluation({"loss": evaluate(module, objective, held_out, ranks)})
+    if data.held_out_rows and before is None:
+        on_stage("measuring on held-out rows before")
+        before = work.evaluate()
     if folder:
         parameters = parameter_count(prepared.checkpoint.config)
         folder.note(parameters=parameters, trained_parameters=trained, before=before)
@@ -190,17 +200,19 @@ def _run(
     trainer.run(log)
     if recipe.training.keep_best:
         _take_best(module, states)
-    on_stage("measuring the held-out loss after")
-    after = Evaluation({"loss": evaluate(module, objective, held_out, ranks)}) if held_out else None
+    on_stage("measuring on held-out rows after")
+    after = work.evaluate()
     on_stage("saving")
     path = save_result(recipe, prepared.found, prepared.checkpoint, module, prepared.folder, ranks)
-    stored = None
+    manifest = None
     if folder:
-        stored = register(recipe, prepared.found, path, prepared.store)
-        folder.finish(str(stored.model_name), after)
-    manifest = ranks.tell(stored)
-    assert manifest is not None
-    return Outcome(manifest, path, trainer.step, _loss(before), _loss(after))
+        if not recipe.makes_reward_model:
+            manifest = register(recipe, prepared.found, path, prepared.store)
+        folder.finish(str(manifest.model_name) if manifest else str(path), after)
+    manifest = ranks.tell(manifest)
+    return Outcome(
+        manifest, path, trainer.step, _value(before, recipe.measure), _value(after, recipe.measure), recipe.measure
+    )
 
 
 def make_module(prepared: Prepared, ranks: Ranks = ALONE) -> LlamaModule:
@@ -253,8 +265,8 @@ def _numbers(report: StepReport) -> dict[str, float | None]:
     return {**numbers, **report.metrics}
 
 
-def _loss(evaluation: Evaluation | None) -> float | None:
-    return None if evaluation is None else evaluation.numbers["loss"]
+def _value(evaluation: Evaluation | None, name: str) -> float | None:
+    return None if evaluation is None else evaluation.numbers[name]
 
 
 def _take_best(module: LlamaModule, states: Path) -> None:

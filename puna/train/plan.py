@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from puna.config import ModelConfig
+from puna.errors import DataError
 from puna.train.data.tokens import Tokens, Truncation, pack
+from puna.train.objectives.grpo import GRPO
 from puna.train.prepare import PreparedData
 from puna.train.recipe import Recipe
 from puna.train.trainer import Settings
@@ -75,10 +77,20 @@ def make_plan(recipe: Recipe, config: ModelConfig, data: PreparedData, variables
     usual: Truncation = "split" if recipe.objective_name == "pretrain" else "drop"
     truncation = given.truncation or usual
     share = data.train_rows / (data.train_rows + data.held_out_rows)
-    length = given.length or _length(config, data, device, truncation, share)
-    lengths = shortened(data.lengths, length, truncation)
+    length = given.length or _length(recipe, config, data, device, share)
+    needed = needed_lengths(recipe, data)
+    lengths = shortened(needed, length, truncation)
     answers = given.answers or min(MICRO_BATCH_ANSWERS, data.train_rows)
-    if data.rows == "documents":
+    if isinstance(recipe.objective, GRPO):
+        if not len(lengths):
+            raise DataError(
+                f"the shortest prompt with {recipe.objective.max_tokens} tokens of answer takes {needed.min()}, more "
+                f"than {length}; train with longer sequences (--length), or shorter answers (objective.max_tokens)"
+            )
+        batch, answers = recipe.objective.prompts, recipe.objective.group
+        micro_batches = float(data.train_rows * recipe.objective.updates)
+        step_tokens = int(batch * answers * lengths.mean())
+    elif data.rows == "documents":
         per_step = _step_tokens(float(lengths.sum()) * share)
         batch = given.batch or max(1, round(per_step / length))
         micro_batches = _packs(lengths, length) * share
@@ -111,6 +123,14 @@ def make_plan(recipe: Recipe, config: ModelConfig, data: PreparedData, variables
     )
 
 
+def needed_lengths(recipe: Recipe, data: PreparedData) -> NDArray[np.int32]:
+    """int32[D]: the tokens of each document, or of each prompt with the longest answer that may be sampled."""
+    if isinstance(recipe.objective, GRPO):
+        sizes: NDArray[np.int32] = data.lengths - data.trained + np.int32(recipe.objective.max_tokens)
+        return sizes
+    return data.lengths
+
+
 def shortened(lengths: NDArray[np.int32], length: int, truncation: Truncation) -> NDArray[np.int32]:
     """int32[...]: the lengths of what truncation leaves of documents of these lengths."""
     long = lengths > length
@@ -122,10 +142,10 @@ def shortened(lengths: NDArray[np.int32], length: int, truncation: Truncation) -
     return np.concatenate([lengths[~long], np.full(int(whole.sum()), length, np.int32), rest[rest > 1]])
 
 
-def _length(config: ModelConfig, data: PreparedData, device: str, truncation: Truncation, share: float) -> int:
+def _length(recipe: Recipe, config: ModelConfig, data: PreparedData, device: str, share: float) -> int:
     """The longest document's, in whole 64s, but no more than a usual machine holds; short ones are packed."""
     most = min(config.max_position_embeddings, LONGEST[torch.device(device).type])
-    needed = -(-int(data.lengths.max()) // 64) * 64
+    needed = -(-int(needed_lengths(recipe, data).max()) // 64) * 64
     if data.rows != "documents":
         return min(most, needed)
     enough = min(512, _step_tokens(float(data.lengths.sum()) * share))
@@ -148,8 +168,8 @@ def _packs(lengths: NDArray[np.int32], length: int) -> float:
 
 
 def _epochs(recipe: Recipe, data: PreparedData, steps: float) -> float:
-    """Three, one of what is large or read for its knowledge, more of what is small."""
-    usual = 1.0 if recipe.objective_name == "pretrain" or data.train_rows > 20_000 else 3.0
+    """Three, one of what is large, read for its knowledge or answered, more of what is small."""
+    usual = 1.0 if recipe.objective_name in ("pretrain", "grpo") or data.train_rows > 20_000 else 3.0
     return min(max(usual, FEWEST_STEPS / steps), max(usual, MOST_EPOCHS))
 
 

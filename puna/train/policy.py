@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from puna.engine import Engine, Request, SamplingParams
 from puna.model.model import Model
 from puna.ops.registry import make_ops
+from puna.tokenizer import Tokenizer
 from puna.train.module import LlamaModule, LoRA
 
 _BLOCK_SIZE, _ADAPTER = 32, "policy"
@@ -40,6 +41,13 @@ class Policy:
             answers.append([token for token in ids if token is not None])
         return answers
 
+    def greedy(self, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, max_tokens: int) -> list[str]:
+        """The most probable answer to each prompt, token by token."""
+        params = SamplingParams(temperature=0, max_tokens=max_tokens)
+        eos_ids = end_ids(self._module, tokenizer)
+        answers = self.sample(prompts, [params] * len(prompts), eos_ids)
+        return [answer_text(tokenizer, answer, eos_ids) for answer in answers]
+
     def _current(self) -> Engine:
         module = self._module
         if not self._adapts:
@@ -61,3 +69,13 @@ class Policy:
             max_sequences=self._count,
             max_batch_tokens=max(512, self._count),
         )
+
+
+def end_ids(module: LlamaModule, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end an answer."""
+    return frozenset(module.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
+
+
+def answer_text(tokenizer: Tokenizer, ids: Sequence[int], eos_ids: Collection[int]) -> str:
+    """An answer without the token that ended it."""
+    return tokenizer.decode([token for token in ids if token not in eos_ids]).decode("utf-8", "replace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from puna.errors import DataError
 from puna.store import ResolvedModel
+from puna.tokenizer import Tokenizer
 from puna.train.data.answers import AnswerStream
 from puna.train.data.dataset import Dataset, Scan, Subset, open_dataset
 from puna.train.data.for_model import renderer_for
@@ -20,16 +22,18 @@ from puna.train.data.packing import PackedStream
 from puna.train.data.render import Renderer
 from puna.train.data.tokens import Tokens, Truncation
 from puna.train.recipe import DataSource, Recipe
+from puna.train.rollouts import Prompt, prompt_of
 from puna.train.runs import DataFacts
 from puna.train.trainer import Stream
 
-MOST_HELD_OUT = 1000  # rows
+MOST_HELD_OUT = {"documents": 1000, "pairs": 1000, "labelled": 1000, "prompts": 100}  # rows; prompts are answered
 FEWEST_TO_HOLD_OUT = 20  # of fewer, none is held out by itself
-_KINDS = {"documents": ("sft", "text"), "pairs": ("preference",), "labelled": ("kto",)}
+_KINDS = {"documents": ("sft", "text"), "pairs": ("preference",), "labelled": ("kto",), "prompts": ("sft",)}
 _NEEDED = {
     "documents": "conversations or texts",
     "pairs": "pairs with chosen and rejected",
     "labelled": "answers with a label",
+    "prompts": "conversations, or prompts with their completions",
 }
 
 OnSource = Callable[[str], None]
@@ -46,6 +50,13 @@ class PreparedSource:
     held_out: Subset
     weight: float | None
 
+    def prompt(self, subset: Subset, place: int) -> Prompt:
+        """Raises DataError naming the row that has none."""
+        try:
+            return prompt_of(self.renderer, subset[place])
+        except DataError as error:
+            raise DataError(f"{subset.where(place)}: {error}") from None
+
     def facts(self) -> DataFacts:
         """As the run's folder tells it. Tokens are about those of the rows that are trained on."""
         rows = len(self.scan.good)
@@ -56,7 +67,7 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """All files of a recipe. ``rows`` is what the objective takes: ``documents``, ``pairs`` or ``labelled``."""
+    """All files of a recipe. ``rows`` is what the objective takes, see ``Knobs``."""
 
     sources: Sequence[PreparedSource]
     rows: str
@@ -65,6 +76,10 @@ class PreparedData:
     def digest(self) -> str:
         """Of all that the files say: it tells whether a run is continued on the data that it began with."""
         return blake2b("".join(source.scan.digest for source in self.sources).encode(), digest_size=16).hexdigest()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.sources[0].renderer.tokenizer
 
     @property
     def train_rows(self) -> int:
@@ -91,10 +106,22 @@ class PreparedData:
 
     def stream(self, seed: int, length: int, truncation: Truncation, answers: int) -> Stream:
         """The micro-batches to train on, without end."""
+        return self._stream(self.order(seed), [source.train for source in self.sources], length, truncation, answers)
+
+    def order(self, seed: int) -> Order:
+        """In which the rows to train on are visited, without end."""
         weights = [source.weight for source in self.sources]
         mixture = [weight for weight in weights if weight is not None] or None
-        order = Order([len(source.train) for source in self.sources], weights=mixture, seed=seed)
-        return self._stream(order, [source.train for source in self.sources], length, truncation, answers)
+        return Order([len(source.train) for source in self.sources], weights=mixture, seed=seed)
+
+    def prompt(self, source: int, place: int) -> Prompt:
+        """Of a row to train on. Raises DataError naming the row that has none."""
+        return self.sources[source].prompt(self.sources[source].train, place)
+
+    def held_out_prompts(self, most: int | None = None) -> list[Prompt]:
+        """Of the first rows that are held out. Raises DataError as ``prompt``."""
+        places = ((source, place) for source in self.sources for place in range(len(source.held_out)))
+        return [source.prompt(source.held_out, place) for source, place in islice(places, most)]
 
     def held_out(self, length: int, truncation: Truncation, answers: int) -> list[Any]:
         """The micro-batches that the model is measured by; none where no row is held out."""
@@ -107,7 +134,7 @@ class PreparedData:
     def _stream(
         self, order: Order, subsets: Sequence[Subset], length: int, truncation: Truncation, answers: int
     ) -> PackedStream | AnswerStream:
-        bos = self.sources[0].renderer.tokenizer.bos_id
+        bos = self.tokenizer.bos_id
         if self.rows == "documents":
 
             def documents(source: int, place: int) -> list[Tokens]:
@@ -146,7 +173,7 @@ def prepare_data(
 
 
 def _prepared(recipe: Recipe, source: DataSource, found: ResolvedModel, pinned: Mapping[str, Any]) -> PreparedSource:
-    usual: Any = "everything" if recipe.objective_name == "pretrain" else "assistant"
+    usual: Any = {"pretrain": "everything", "grpo": "last"}.get(recipe.objective_name, "assistant")
     renderer = renderer_for(found, train_on=source.train_on or usual, variables={**pinned, **source.variables})
     dataset = open_dataset(source.path, source.format, source.columns)
     if dataset.format.kind not in _KINDS[recipe.rows]:
@@ -155,13 +182,15 @@ def _prepared(recipe: Recipe, source: DataSource, found: ResolvedModel, pinned: 
             f"learns from {_NEEDED[recipe.rows]}; choose another objective, or other data"
         )
     scan = dataset.checked(source.skip_bad, renderer)
-    share = _share_held_out(len(scan.good)) if source.validation is None else source.validation
+    share = (
+        _share_held_out(len(scan.good), MOST_HELD_OUT[recipe.rows]) if source.validation is None else source.validation
+    )
     train, held_out = (Subset(dataset, numbers) for numbers in scan.split(share))
     return PreparedSource(dataset, renderer, scan, train, held_out, source.weight)
 
 
-def _share_held_out(rows: int) -> float:
-    return 0.0 if rows < FEWEST_TO_HOLD_OUT else min(0.1, MOST_HELD_OUT / rows)
+def _share_held_out(rows: int, most: int) -> float:
+    return 0.0 if rows < FEWEST_TO_HOLD_OUT else min(0.1, most / rows)
 
 
 def _known(lengths: NDArray[np.int32] | None) -> NDArray[np.int32]:

@@ -20,6 +20,7 @@ from puna.train.data.tokens import Truncation
 from puna.train.module import LINEAR_LAYERS, Full, LoRA
 from puna.train.objectives import OBJECTIVES, Knobs
 from puna.train.objectives.next_token import SFT
+from puna.train.objectives.reward import Reward
 from puna.train.optimizers import OPTIMIZERS
 from puna.train.tables import nearest, read_table, to_toml, write_table
 
@@ -64,6 +65,9 @@ class Method:
     ``lora``: low-rank changes over the model as it is, quantized or not (``LoRA``). ``qlora``: the same, but matrices
     of floats are kept in memory as ``base_type``. ``full``: every weight but those whose names the regular expression
     ``frozen`` finds.
+
+    With ``layers`` the model keeps only these of its layers, in this order, and what is made is a smaller model of its
+    own (puna/train/student.py).
     """
 
     type: Literal["lora", "qlora", "full"] = "lora"
@@ -75,6 +79,7 @@ class Method:
     dora: bool = False
     base_type: str | None = None
     frozen: str | None = None
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.type == "full":
@@ -189,7 +194,8 @@ class Saving:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``output`` is the name in the store of what is made of ``model``. ``device`` is torch's name of it."""
+    """``output`` is the name in the store of what is made of ``model``; a reward model stays in the run's folder.
+    ``device`` is torch's name of it."""
 
     model: str
     output: str
@@ -218,15 +224,14 @@ class Recipe:
             raise TrainingError(f"data: {source.path} has no weight, but others have; give all of them one, or none")
         if all(source.validation == 1 for source in self.data):
             raise TrainingError("data: everything is held out for validation, so nothing is left to train on")
-        if self.objective_name == "reward" or self.rows not in ("documents", "pairs", "labelled"):
-            raise TrainingError(
-                f"objective.type {self.objective_name} is for Python so far (puna.train.objectives); the commands "
-                "train models that answer, on rows that hold the answers"
-            )
-        if self.rows != "documents" and any(source.variables != self.data[0].variables for source in self.data):
+        if self.rows in ("pairs", "labelled") and any(
+            source.variables != self.data[0].variables for source in self.data
+        ):
             raise TrainingError("data: variables differ, but answers are compared under one template; make them equal")
         if self.rows != "documents" and self.training.truncation == "split":
             raise TrainingError("training.truncation is split, but whole answers are compared; choose cut_left or drop")
+        if self.rows == "prompts":
+            self._check_prompts()
         if self.rows == "documents" and self.training.answers is not None:
             raise TrainingError(
                 f"training.answers is for objectives that compare answers, which {self.objective_name} does not"
@@ -236,18 +241,51 @@ class Recipe:
                 raise TrainingError(
                     f"train_on is {source.train_on} for {source.path}, but pretraining learns everything"
                 )
-        if self.method.dora and not self.save.merge:
+        if self.makes_reward_model and self.save != Saving():
+            raise TrainingError("[save] is not for a reward model, which is always merged, in safetensors; take it out")
+        if self.makes_adapter and self.method.dora:
             raise TrainingError("method.dora makes no adapter that can be served; set save.merge to true")
-        if self.method.type != "full" and not self.save.merge and (self.save.format or self.save.type):
+        if self.makes_adapter and self.method.layers is not None:
+            raise TrainingError("method.layers makes a model of its own, not an adapter; set save.merge to true")
+        if self.makes_adapter and (self.save.format or self.save.type):
             raise TrainingError("save.format and save.type are of whole models; an adapter has none: set save.merge")
+
+    def _check_prompts(self) -> None:
+        for name, remedy in (
+            ("truncation", "a prompt that is too long is left out"),
+            ("batch", "objective.prompts is how many prompts a step answers"),
+            ("answers", "objective.group is how many answers a prompt gets"),
+        ):
+            if getattr(self.training, name) is not None:
+                raise TrainingError(f"training.{name} is not for {self.objective_name}: {remedy}; take it out")
+        for source in self.data:
+            if source.train_on not in (None, "last"):
+                raise TrainingError(
+                    f"train_on is {source.train_on} for {source.path}, but of prompts only the last answer is expected"
+                )
 
     @property
     def objective_name(self) -> str:
         return next(name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
 
     @property
+    def measure(self) -> str:
+        """What held-out rows say of the model, first of all."""
+        return "reward" if self.rows == "prompts" else "loss"
+
+    @property
+    def makes_reward_model(self) -> bool:
+        """Whether the result scores answers, and gives none."""
+        return isinstance(self.objective, Reward)
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the result is an adapter beside the model, and not a model of its own."""
+        return self.method.type != "full" and not self.save.merge and not self.makes_reward_model
+
+    @property
     def rows(self) -> str:
-        """What its micro-batches are made of: ``documents``, ``pairs`` or ``labelled``."""
+        """What its micro-batches are made of: ``documents``, ``pairs``, ``labelled`` or ``prompts``."""
         return self.objective.rows
 
 
@@ -264,22 +302,22 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def recipe_from(raw: Mapping[str, Any], folder: Path | None = None) -> Recipe:
-    """A recipe from plain values. Relative paths of data, and of a model, begin at ``folder``. Raises TrainingError."""
+    """A recipe from plain values. Relative paths begin at ``folder``. Raises TrainingError."""
     table = raw.get("objective", {})
     if not isinstance(table, Mapping):
         raise TrainingError(f'objective must be a table, [objective], with type = "sft" or another; found {table!r}')
     name = table.get("type", "sft")
     if name not in OBJECTIVES:
         raise TrainingError(f"objective.type is {name!r}; {nearest(str(name), OBJECTIVES)}")
-    knobs = read_table(OBJECTIVES[name], {key: own for key, own in table.items() if key != "type"}, "objective.")
+    own = {key: value if folder is None else _beside(key, value, folder) for key, value in table.items()}
+    own.pop("type", None)
+    knobs = read_table(OBJECTIVES[name], own, "objective.")
     rest = {key: own for key, own in raw.items() if key != "objective"}
     recipe = read_table(Recipe, rest, objective=knobs)
     if folder is None:
         return recipe
     data = tuple(replace(source, path=str(folder / Path(source.path).expanduser())) for source in recipe.data)
-    beside = folder / Path(recipe.model).expanduser()
-    is_path = beside.exists() and ("/" in recipe.model or beside.suffix == ".gguf")
-    return replace(recipe, data=data, model=str(beside) if is_path else recipe.model)
+    return replace(recipe, data=data, model=_model_beside(recipe.model, folder))
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -287,6 +325,20 @@ def recipe_to_toml(recipe: Recipe) -> str:
     table = write_table(recipe)
     table["objective"] = {"type": recipe.objective_name, **write_table(recipe.objective)}
     return to_toml(table)
+
+
+def _model_beside(model: str, folder: Path) -> str:
+    beside = folder / Path(model).expanduser()
+    return str(beside) if beside.exists() and ("/" in model or beside.suffix == ".gguf") else model
+
+
+def _beside(key: str, value: Any, folder: Path) -> Any:
+    """A knob of an objective that is a path: before it is read, for some are opened then."""
+    if not isinstance(value, str):
+        return value
+    if key == "teacher":
+        return _model_beside(value, folder)
+    return str(folder / Path(value).expanduser()) if key in ("cache", "schema") else value
 
 
 def _stored_name(model: str) -> ModelName | None:

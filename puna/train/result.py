@@ -16,10 +16,11 @@ from puna.store.importing import files_of_model, take_file
 from puna.store.manifest import StoredAdapter, StoredFile
 from puna.tensor import Weight
 from puna.train.module import LlamaModule, LoRA
+from puna.train.objectives.reward import save_reward_model
 from puna.train.parallel import ALONE, Ranks, asked_by_first
 from puna.train.recipe import Recipe
 
-ADAPTER, MODEL = "adapter", "model"  # in the run's folder
+ADAPTER, MODEL, REWARD_MODEL = "adapter", "model", "reward-model"  # in the run's folder
 METHOD = "finetune"  # of the lineage
 
 
@@ -35,7 +36,11 @@ def save_result(
 
     The first of the ``ranks`` writes what it gathers from all, tensor by tensor. Raises CheckpointError.
     """
-    if isinstance(module.method, LoRA) and not recipe.save.merge:
+    if recipe.makes_reward_model:
+        path = folder / REWARD_MODEL
+        put(path, lambda place: save_reward_model(module, checkpoint, place, ranks))
+        return path
+    if recipe.makes_adapter:
         path = folder / ADAPTER
         adapter = module.adapter()
         if ranks.first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from puna.train.module import LlamaModule
 from puna.train.objectives.documents import policy_logprobs
 from puna.train.objectives.frozen import Reference
 from puna.train.objectives.grpo import GRPO, Rollouts, group_advantages
-from puna.train.policy import Policy
+from puna.train.policy import Policy, answer_text, end_ids
 from puna.train.rewards import reward_named
 
 
@@ -34,12 +34,23 @@ class Prompt:
     expected: str
 
 
+@dataclass(frozen=True)
+class Answered:
+    """An answer to a prompt, and its reward."""
+
+    prompt: Prompt
+    text: str
+    reward: float
+
+
 def prompt_of(renderer: Renderer, example: Example) -> Prompt:
     """An example's last answer is what is expected, and all before it the prompt. Raises DataError for preferences."""
     if not isinstance(example, (Conversation, Continuation)):
         raise DataError("prompts come from rows with one answer; give it conversations, or prompt and completion")
     document = renderer.render_answer(example)
-    ids = document.ids[: int(document.trained.argmax())].tolist()
+    trained = document.trained.nonzero()[0]
+    before = (~document.trained[: trained[-1]]).nonzero()[0]  # of several answers the last one's prompt
+    ids = document.ids[: before[-1] + 1].tolist() if len(before) else []
     if not ids:
         raise DataError("the row has no prompt to answer; give it rows of prompt and completion, or of messages")
     text = example.text if isinstance(example, Continuation) else example.messages[example.trained[-1]].text
@@ -69,7 +80,7 @@ class RolloutStream:
         self.left_out = 0
         self._module, self._knobs, self._order, self._prompt = module, knobs, order, prompt
         self._tokenizer, self._length, self._seed = tokenizer, length, seed
-        self._eos_ids = frozenset(module.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
+        self._eos_ids = end_ids(module, tokenizer)
         self._reward = reward_named(knobs.reward, knobs.pattern, knobs.schema)
         self._policy = Policy(module, length, knobs.prompts * knobs.group)
         self._reference = Reference(module)
@@ -83,6 +94,14 @@ class RolloutStream:
         if not self._pending:
             self._pending = self._sample() * self._knobs.updates
         return self._pending.pop(0)
+
+    def answered(self, prompts: Sequence[Prompt]) -> list[Answered]:
+        """The module's most probable answers, now, to those of the prompts that leave room, with their rewards."""
+        fitting = [prompt for prompt in prompts if self._has_room(prompt)]
+        texts = self._policy.greedy([p.ids for p in fitting], self._tokenizer, self._knobs.max_tokens)
+        return [
+            Answered(p, text, float(self._reward(text, p.expected))) for p, text in zip(fitting, texts, strict=True)
+        ]
 
     def state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint, with the rollouts that are not used up yet."""
@@ -113,12 +132,15 @@ class RolloutStream:
             for number, prompt in enumerate(prompts)
         ]
 
+    def _has_room(self, prompt: Prompt) -> bool:
+        return len(prompt.ids) + self._knobs.max_tokens <= self._length
+
     def _prompts(self) -> list[Prompt]:
         found: list[Prompt] = []
         fruitless = 0
         while len(found) < self._knobs.prompts and (place := next(self._order, None)) is not None:
             prompt = self._prompt(*place)
-            if len(prompt.ids) + self._knobs.max_tokens <= self._length:
+            if self._has_room(prompt):
                 found.append(prompt)
                 fruitless = 0
                 continue
@@ -148,8 +170,7 @@ class RolloutStream:
     def _judged(self, prompt: Prompt, answers: list[list[int]]) -> Rollouts:
         start, rewards = len(prompt.ids), []
         for answer in answers:
-            shown = [token for token in answer if token not in self._eos_ids]
-            text = self._tokenizer.decode(shown).decode("utf-8", "replace")
+            text = answer_text(self._tokenizer, answer, self._eos_ids)
             rewards.append(float(self._reward(text, prompt.expected)))
         packed = concatenate([Tokens.of([*prompt.ids, *a], [(start, start + len(a))]) for a in answers])
         temperature, training = self._knobs.temperature, self._module.training

@@ -172,9 +172,7 @@ class Trainer:
         validation: Sequence[Any] = (),
         ranks: Ranks = ALONE,
     ) -> None:
-        if ranks.count > 1 and settings.optimizer == "adamw8bit":
-            # Its blocks of numbers with one scale do not end where the ranks' rows do.
-            raise TrainingError("several processes share out the state of adamw and not of adamw8bit; choose adamw")
+        check_sharded(settings.optimizer, ranks)
         module.shard()
         self.module, self.objective, self.stream, self.settings = module, objective, stream, settings
         self.folder, self.validation, self.ranks = folder, validation, ranks
@@ -205,8 +203,9 @@ class Trainer:
             report = dataclasses.replace(report, seconds=time.perf_counter() - started)
             last = self.step == self.settings.steps
             if self.validation and (last or self.step % self.settings.evaluate_every == 0):
-                loss, metrics = measure(self.module, self.objective, self.validation, self.ranks)
-                report = dataclasses.replace(report, validation_loss=loss, metrics={**report.metrics, **metrics})
+                measured = measure(self.module, self.objective, self.validation, self.ranks)
+                loss = measured.pop("loss")
+                report = dataclasses.replace(report, validation_loss=loss, metrics={**report.metrics, **measured})
             ended = self.ranks.tell(self.ranks.first and on_step(report) is True)
             if ended or last or self.step % self.settings.save_every == 0:
                 self._save(report.validation_loss)
@@ -279,15 +278,22 @@ class Trainer:
         self.step = state.step
 
 
+def check_sharded(optimizer: str, ranks: Ranks) -> None:
+    """Raises TrainingError for an optimizer whose state several ranks cannot share out."""
+    if ranks.count > 1 and optimizer == "adamw8bit":
+        # Its blocks of numbers with one scale do not end where the ranks' rows do.
+        raise TrainingError("several processes share out the state of adamw and not of adamw8bit; choose adamw")
+
+
 def evaluate(module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks = ALONE) -> float:
     """The mean loss over all of them, without dropout; each rank takes its share."""
-    return measure(module, objective, micro_batches, ranks)[0]
+    return measure(module, objective, micro_batches, ranks)["loss"]
 
 
 def measure(
     module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks = ALONE
-) -> tuple[float, dict[str, float]]:
-    """As ``evaluate``, and what else the objective measures, named ``validation_…``."""
+) -> dict[str, float]:
+    """The same ``loss``, and the means of what else the objective measures, by name."""
     module.shard()
     training = module.training
     module.eval()
@@ -295,7 +301,7 @@ def measure(
         loss, _, metrics = _pass(module, objective, micro_batches, ranks, None)
     release(module)
     module.train(training)
-    return loss, metrics
+    return {"loss": loss, **metrics}
 
 
 def _pass(

@@ -12,7 +12,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from test_trainer import LORA, RandomDocuments, trainer  # noqa: E402
+from test_trainer import CONFIG, LORA, RandomDocuments, trainer  # noqa: E402
+from tiny_models import tiny_checkpoint  # noqa: E402
 
 from puna.checkpoint.safetensors import write_safetensors  # noqa: E402
 from puna.errors import TrainingError  # noqa: E402
@@ -21,7 +22,7 @@ from puna.train.data.tokens import Packed  # noqa: E402
 from puna.train.module import Full, LoRA  # noqa: E402
 from puna.train.objectives.labelled import KTO  # noqa: E402
 from puna.train.objectives.pairs import DPO  # noqa: E402
-from puna.train.objectives.reward import Reward  # noqa: E402
+from puna.train.objectives.reward import Reward, save_reward_model  # noqa: E402
 from puna.train.parallel import Ranks, asked_by_first, launched  # noqa: E402
 from puna.train.trainer import NextToken, StepReport, evaluate  # noqa: E402
 
@@ -71,12 +72,20 @@ def export(folder: Path, name: str, place: Path, ranks: Ranks) -> None:
             write_safetensors(place, tensors)
 
 
+def export_reward(folder: Path, place: Path, ranks: Ranks) -> None:
+    """The newest state of the run of a reward model, as its folder."""
+    again = trainer(folder, ranks=ranks, **SHARED | RUNS["reward"])
+    again.run()
+    save_reward_model(again.module, tiny_checkpoint(CONFIG), place, ranks)
+
+
 def everything(folder: Path, ranks: Ranks) -> dict[str, Any]:
     found: dict[str, Any] = {name: run(folder / name, name, ranks) for name in RUNS}
     for name in ("full", "qlora"):
         export(folder / name, name, folder / f"{name}-exported", ranks)
         found[f"{name}-from-one"] = run(folder / f"{name}-from-one", name, ranks)
         run(folder / f"{name}-for-one", name, ranks, stop_at=4)
+    export_reward(folder / "reward", folder / "reward-exported", ranks)
     found["qlora-killed"] = run(folder / "qlora-killed", "qlora", ranks)
     broken = trainer(folder / "broken", ranks=ranks, **SHARED | RUNS["full"])
     found["before"] = evaluate(broken.module, broken.objective, broken.validation, ranks)

@@ -140,7 +140,7 @@ def test_a_teacher_by_path(tmp_path: Path) -> None:
         ({"teacher": "x", "direction": "sideways"}, "direction of distill must be one of forward, reverse"),
         ({"teacher": "x", "direction": "reverse", "cache": "c"}, "leave the cache out"),
         ({"teacher": "x", "temperature": 0}, "temperature"),
-        ({"teacher": "x", "top_k": 0}, "top_k"),
+        ({"teacher": "x", "top_k": -1}, "top_k"),
     ],
 )
 def test_impossible_knobs(table: dict[str, Any], message: str) -> None:

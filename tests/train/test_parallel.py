@@ -14,7 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from parallel_ranks import RUNS, export, run  # noqa: E402
+from parallel_ranks import RUNS, export, export_reward, run  # noqa: E402
 from test_trainer import RandomDocuments, trainer  # noqa: E402
 
 from puna.checkpoint import open_checkpoint  # noqa: E402
@@ -120,6 +120,14 @@ def test_the_export_is_that_of_one(ranks: tuple[Path, dict[str, Any]], tmp_path:
     exported, begun = read_safetensors(files[0]), trainer(tmp_path / "new", **RUNS[name]).module.merged()
     trained = [key for key in exported if name == "full" or "_proj" in key]
     assert not [key for key in trained if np.array_equal(exported[key].dequantize(), begun[key].dequantize())]
+
+
+def test_a_reward_model_is_exported_as_by_one(ranks: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """To the byte, from the same state, and with a score that was trained."""
+    export_reward(ranks[0] / "reward", tmp_path / "alone", ALONE)
+    files = [place / "model.safetensors" for place in (ranks[0] / "reward-exported", tmp_path / "alone")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert read_safetensors(files[0])["score.weight"].dequantize().any()
 
 
 def test_sharded_states_are_kept_as_others(ranks: tuple[Path, dict[str, Any]]) -> None:

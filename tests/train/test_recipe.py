@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 from puna.errors import TrainingError
+from puna.train.objectives.distill import Distill
 from puna.train.objectives.pairs import DPO
 from puna.train.recipe import (
     DataSource,
@@ -29,7 +30,18 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+GRPO = {"type": "grpo", "reward": "exact"}
 PLAIN: dict[str, Any] = {"model": "smollm2", "output": "bot", "data": [{"path": "a.jsonl"}]}
+
+
+def test_paths_of_objectives_begin_at_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text("{}")
+    judged = recipe_from({**PLAIN, "objective": {"type": "grpo", "reward": "json", "schema": "schema.json"}}, tmp_path)
+    assert judged.objective.schema == str(tmp_path / "schema.json")
+    (tmp_path / "big.gguf").touch()
+    knobs = {"type": "distill", "teacher": "big.gguf", "cache": "kept"}
+    found = recipe_from({**PLAIN, "objective": knobs}, tmp_path).objective
+    assert found == Distill(str(tmp_path / "big.gguf"), cache=str(tmp_path / "kept"))
 
 
 def test_the_least_recipe() -> None:
@@ -70,6 +82,10 @@ def test_paths_begin_at_the_recipe(tmp_path: Path) -> None:
         ({"method": {"base_type": "Q8_0"}}, r"method\.base_type goes with type qlora"),
         ({"method": {"type": "qlora", "base_type": "Q8"}}, r"did you mean Q8_0\?"),
         ({"method": {"dora": True}}, r"set save\.merge"),
+        ({"method": {"layers": [0, 2]}}, r"method\.layers makes a model of its own.* set save\.merge"),
+        ({"method": {"type": "full", "layers": ["0"]}}, r"method\.layers\[0\] must be a whole number"),
+        ({"objective": {"type": "distill"}}, r"lacks objective\.teacher"),
+        ({"objective": {"type": "distill", "teacher": "a", "top_k": 0, "cache": "c"}}, "keeps nothing"),
         ({"training": {"epochs": 1, "steps": 3}}, r"training\.epochs and training\.steps"),
         ({"training": {"learning_rate": 0}}, r"training\.learning_rate must be above 0"),
         ({"training": {"learning_rate": float("nan")}}, r"training\.learning_rate must be a number"),
@@ -84,12 +100,21 @@ def test_paths_begin_at_the_recipe(tmp_path: Path) -> None:
         ({"objective": {"beta": 1}}, r"no field objective\.beta"),
         ({"objective": {"type": "dpo", "beta": -1.0}}, "beta of dpo"),
         ({"objective": "dpo"}, "objective must be a table"),
-        ({"objective": {"type": "reward"}}, r"objective\.type reward is for Python"),
+        ({"objective": {"type": "reward"}, "save": {"merge": True}}, r"\[save\] is not for a reward model"),
         (
             {"objective": {"type": "dpo"}, "data": [{"path": "a"}, {"path": "b", "variables": {"x": 1}}]},
             "variables differ",
         ),
         ({"objective": {"type": "dpo"}, "training": {"truncation": "split"}}, r"training\.truncation is split"),
+        (
+            {"objective": GRPO, "training": {"batch": 2}},
+            r"training\.batch is not for grpo: objective\.prompts is how many",
+        ),
+        ({"objective": GRPO, "training": {"answers": 2}}, r"training\.answers is not for grpo: objective\.group"),
+        ({"objective": GRPO, "training": {"truncation": "drop"}}, r"training\.truncation is not for grpo"),
+        ({"objective": GRPO, "data": [{"path": "a", "train_on": "assistant"}]}, "train_on is assistant for a, but of"),
+        ({"objective": {"type": "grpo"}}, r"lacks objective\.reward"),
+        ({"objective": {"type": "grpo", "reward": "best"}}, "one of exact, number, regex, json; found 'best'"),
         ({"objective": {"type": "pretrain"}, "data": [{"path": "a", "train_on": "last"}]}, "pretraining learns"),
         ({"data": [{"path": "a", "weight": 1}, {"path": "b"}]}, "b has no weight"),
         ({"data": [{"path": "a", "validation": 1}]}, "everything is held out"),

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from puna.checkpoint import open_checkpoint
+from puna.checkpoint import Checkpoint, open_checkpoint
+from puna.config import ModelConfig
 from puna.errors import TrainingError
 from puna.llm.identity import model_identity
-from puna.store import resolve
+from puna.store import ResolvedModel, resolve
 from puna.train.data.tokens import Packed
 from puna.train.losses import by_chunks, forward_kl, prediction_rows, reverse_kl, top_k_forward_kl
 from puna.train.module import LlamaModule
@@ -38,7 +39,8 @@ class Distill:
     divergence in the loss; the rest is cross entropy.
 
     With a ``cache``, a folder, the teacher reads each document once, and its ``top_k`` largest logits are kept there,
-    as if there were no others: for forward divergence only. Without one it reads along.
+    as if there were no others: for forward divergence only. Without one it reads along. A recipe's cache is in the
+    run's folder if nothing else is said, and ``top_k`` 0 means none.
     """
 
     rows: ClassVar[Rows] = "documents"
@@ -53,23 +55,52 @@ class Distill:
         check_choice("direction of distill", self.direction, ("forward", "reverse"))
         check_number("temperature of distill", self.temperature, above=0)
         check_number("weight of distill", self.weight, above=0, high=1)
-        check_whole("top_k of distill", self.top_k, 1)
+        check_whole("top_k of distill", self.top_k, 0)
+        if self.cache is not None and self.top_k == 0:
+            raise TrainingError("distill has a cache, but a top_k of 0, which keeps nothing; take one of them out")
         if self.cache is not None and self.direction == "reverse":
             raise TrainingError(
                 "reverse divergence needs all of the teacher's logits, and a cache keeps a few; leave the cache out"
             )
 
+    @property
+    def can_cache(self) -> bool:
+        """Whether some of the teacher's logits are enough."""
+        return self.direction == "forward" and self.top_k > 0
+
     def objective(self, module: LlamaModule) -> Distillation:
-        """Opens the teacher. Raises StoreError, CheckpointError, TrainingError for another vocabulary."""
-        found = resolve(self.teacher)
-        checkpoint = open_checkpoint(found.path)
+        """With a teacher of the user's store. Raises StoreError, CheckpointError, and as ``with_teacher``."""
+        cache = None if self.cache is None else Path(self.cache).expanduser()
+        return self.with_teacher(module, resolve(self.teacher), cache)
+
+    def with_teacher(self, module: LlamaModule, found: ResolvedModel, cache: Path | None) -> Distillation:
+        """Opens the teacher. Raises CheckpointError, and TrainingError as ``open_teacher``."""
+        checkpoint = self.open_teacher(found, module.config)
         teacher = FrozenModel(module.ops, checkpoint.config, checkpoint.tensors)
-        if self.cache is None:
+        if cache is None:
             return Distillation(self, module, teacher)
-        if self.top_k > teacher.config.vocab_size:
-            raise TrainingError(f"top_k of distill must be at most the vocabulary's {teacher.config.vocab_size}")
-        folder = Path(self.cache).expanduser()
-        return Distillation(self, module, teacher, TeacherCache(folder, teacher, model_identity(found), self.top_k))
+        return Distillation(self, module, teacher, TeacherCache(cache, teacher, model_identity(found), self.top_k))
+
+    def open_teacher(self, found: ResolvedModel, student: ModelConfig) -> Checkpoint:
+        """Reads no weights. Raises TrainingError for a teacher with an adapter, another vocabulary, or a ``top_k``
+        above it."""
+        if found.adapters:
+            raise TrainingError(f"the teacher {self.teacher} is a model with an adapter; choose a merged one")
+        checkpoint = open_checkpoint(found.path)
+        check_vocabulary(student, checkpoint.config)
+        if self.top_k > student.vocab_size:
+            raise TrainingError(f"top_k of distill must be at most the vocabulary's {student.vocab_size}")
+        return checkpoint
+
+
+def check_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
+    """Raises TrainingError where the vocabularies differ in size."""
+    here, there = student.vocab_size, teacher.vocab_size
+    if here != there:
+        raise TrainingError(
+            f"the teacher has a vocabulary of {there} tokens and the student one of {here}; choose a teacher whose "
+            "tokenizer is the student's"
+        )
 
 
 class Distillation:
@@ -78,12 +109,7 @@ class Distillation:
     def __init__(
         self, knobs: Distill, module: LlamaModule, teacher: FrozenModel, cache: TeacherCache | None = None
     ) -> None:
-        here, there = module.config.vocab_size, teacher.config.vocab_size
-        if here != there:
-            raise TrainingError(
-                f"the teacher has a vocabulary of {there} tokens and the student one of {here}; choose a teacher whose "
-                "tokenizer is the student's"
-            )
+        check_vocabulary(module.config, teacher.config)
         self.metrics = Metrics()
         self._knobs, self._teacher, self._cache = knobs, teacher, cache
 

@@ -24,6 +24,7 @@ from puna.train.module import LlamaModule
 from puna.train.objectives.metrics import Metrics
 from puna.train.objectives.objective import Rows
 from puna.train.objectives.pairs import count_pairs, measure_rewards
+from puna.train.parallel import ALONE, Ranks, asked_by_first, whole
 from puna.train.preferences import reward
 
 SCORE, HEAD = "score.weight", "lm_head.weight"
@@ -71,24 +72,27 @@ def document_scores(module: LlamaModule, documents: Packed) -> Tensor:
     return F.linear(hidden[last].to(weight.dtype), weight)[:, 0]
 
 
-def save_reward_model(module: LlamaModule, checkpoint: Checkpoint, folder: str | Path) -> None:
+def save_reward_model(module: LlamaModule, checkpoint: Checkpoint, folder: str | Path, ranks: Ranks = ALONE) -> None:
     """A folder that transformers' AutoModelForSequenceClassification loads. LoRA is merged into the model.
 
-    ``checkpoint`` is what the module was made of. Raises CheckpointError when the folder holds something already or the
-    disk refuses, TrainingError for a module without a score.
+    ``checkpoint`` is what the module was made of. The first of the ``ranks`` writes what it gathers from all. Raises
+    CheckpointError when the folder holds something already or the disk refuses, TrainingError for a module without a
+    score.
     """
     names = {name for name, _ in module.named_parameters()}
     if SCORE not in names:
         raise TrainingError("the module has no score; save a module that was trained as a reward model")
-    score = Weight.from_array(SCORE, module.get_parameter(SCORE).detach().float().cpu().numpy())
-    tensors = _WithScore(module.merged(), score)
+    score = Weight.from_array(SCORE, whole(module.get_parameter(SCORE).detach()).float().cpu().numpy())
     extra = {
         "architectures": ["LlamaForSequenceClassification"],
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
         "pad_token_id": _padding(checkpoint.config),
     }
-    write_model_folder(checkpoint, Path(folder).expanduser(), extra, lambda place: write_safetensors(place, tensors))
+    with asked_by_first(module.merged(), ranks) as merged:
+        if ranks.first:
+            tensors, path = _WithScore(merged, score), Path(folder).expanduser()
+            write_model_folder(checkpoint, path, extra, lambda place: write_safetensors(place, tensors))
 
 
 class _WithScore(Mapping[str, Weight]):

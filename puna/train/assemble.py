@@ -1,0 +1,144 @@
+"""What a recipe's objective is joined with: a teacher, the stream to learn from, what held-out rows measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from puna.checkpoint import Checkpoint
+from puna.config import ModelConfig
+from puna.errors import TrainingError
+from puna.model.shapes import parameter_count
+from puna.ops.registry import make_ops
+from puna.store import ResolvedModel, Store, resolve
+from puna.train.estimate import weight_bytes
+from puna.train.module import LlamaModule
+from puna.train.objectives.distill import Distill
+from puna.train.objectives.grpo import GRPO
+from puna.train.objectives.labelled import KTO
+from puna.train.objectives.objective import MeasuredObjective
+from puna.train.objectives.pairs import DPO, IPO
+from puna.train.parallel import ALONE, Ranks
+from puna.train.plan import Plan
+from puna.train.prepare import PreparedData
+from puna.train.recipe import Recipe
+from puna.train.rollouts import RolloutStream
+from puna.train.runs import Evaluation, Sample
+from puna.train.trainer import Stream, check_sharded, measure
+
+TEACHER = "teacher"  # its cache, in the run's folder
+SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where the model is whose logits are learnt, opened without its weights."""
+
+    found: ResolvedModel
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the trainer takes beside the module. ``evaluate`` measures what the module has learnt by now on held-out
+    rows, and gives None where there are none."""
+
+    objective: MeasuredObjective
+    stream: Stream
+    validation: Sequence[Any]
+    evaluate: Callable[[], Evaluation | None]
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    """Raises TrainingError for a recipe that one process alone can train by."""
+    if ranks.count == 1:
+        return
+    check_sharded(recipe.training.optimizer, ranks)
+    if recipe.rows == "prompts":
+        raise TrainingError(
+            f"{recipe.objective_name} samples answers by an engine that one process has, but {ranks.count} were "
+            "started; start one, without torchrun"
+        )
+
+
+def find_teacher(recipe: Recipe, config: ModelConfig, store: Store) -> Teacher | None:
+    """The recipe's, if it distils. Raises StoreError, CheckpointError, TrainingError for one that cannot be it."""
+    knobs = recipe.objective
+    if not isinstance(knobs, Distill):
+        return None
+    found = resolve(knobs.teacher, store)
+    return Teacher(found, knobs.open_teacher(found, config))
+
+
+def other_models(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, teacher: Teacher | None) -> int:
+    """Bytes of the models that are read beside the one in training, with the cache of the engine that samples."""
+    knobs, config = recipe.objective, checkpoint.config
+    if teacher is not None:
+        return weight_bytes(teacher.checkpoint)
+    trained_whole = recipe.method.type == "full"
+    reference = weight_bytes(checkpoint) if trained_whole and isinstance(knobs, (DPO, IPO, KTO, GRPO)) else 0
+    if not isinstance(knobs, GRPO):
+        return reference
+    weights = 4 * parameter_count(config) if trained_whole or recipe.method.dora else weight_bytes(checkpoint)
+    cache = knobs.prompts * knobs.group * plan.length * make_ops().kv_bytes_per_token(config, None)
+    return reference + weights + cache
+
+
+def assemble(
+    recipe: Recipe,
+    plan: Plan,
+    data: PreparedData,
+    module: LlamaModule,
+    teacher: Teacher | None,
+    folder: Path,
+    ranks: Ranks = ALONE,
+) -> Work:
+    """``folder`` is the run's, where a teacher's logits are kept if the recipe does not say. To be called before the
+    trainer is made, as ``Knobs.objective``."""
+    knobs = recipe.objective
+    if isinstance(knobs, GRPO):
+        return _rollouts(knobs, recipe, plan, data, module)
+    if isinstance(knobs, Distill):
+        assert teacher is not None
+        cache = folder / TEACHER if knobs.cache is None else Path(knobs.cache)
+        objective: MeasuredObjective = knobs.with_teacher(module, teacher.found, cache if knobs.can_cache else None)
+    else:
+        objective = knobs.objective(module)
+    held_out = data.held_out(plan.length, plan.truncation, plan.answers)
+    stream = data.stream(recipe.seed, plan.length, plan.truncation, plan.answers)
+
+    def evaluate() -> Evaluation | None:
+        if not held_out:
+            return None
+        measured = measure(module, objective, held_out, ranks)
+        return Evaluation({name.removeprefix("validation_"): value for name, value in measured.items()})
+
+    return Work(objective, stream, held_out, evaluate)
+
+
+def _rollouts(knobs: GRPO, recipe: Recipe, plan: Plan, data: PreparedData, module: LlamaModule) -> Work:
+    """Held-out prompts are answered greedily: the mean reward is what counts, and the trainer validates nothing."""
+    stream = RolloutStream(
+        module,
+        knobs,
+        data.order(recipe.seed),
+        data.prompt,
+        data.tokenizer,
+        length=plan.length,
+        seed=recipe.seed,
+    )
+    held_out = data.held_out_prompts()
+
+    def evaluate() -> Evaluation | None:
+        answers = stream.answered(held_out)
+        if not answers:
+            return None
+        samples = tuple(
+            Sample(data.tokenizer.decode(a.prompt.ids).decode("utf-8", "replace"), a.text, a.prompt.expected)
+            for a in answers[:SAMPLES]
+        )
+        return Evaluation({"reward": sum(a.reward for a in answers) / len(answers)}, samples)
+
+    return Work(knobs.objective(module), stream, (), evaluate)
