@@ -27,12 +27,12 @@ def example_preview(renderer: Renderer, dataset: Dataset, number: int) -> dict[s
     return {"row": dataset.where(number), "documents": documents}
 
 
-def print_example(console: Console, example: dict[str, Any]) -> None:
-    """Print what ``example_preview`` gives."""
+def print_example(console: Console, example: dict[str, Any], learnt: str = "learnt") -> None:
+    """Print what ``example_preview`` gives. ``learnt``: what the answers are for."""
     from rich.text import Text
 
     for document in example["documents"]:
-        title = f"\n{printable(example['row'])}, with what is learnt underlined:"
+        title = f"\n{printable(example['row'])}, with what is {learnt} underlined:"
         console.print(Text(title, "bold"), soft_wrap=True)
         shown = Text()
         for stretch in document:

@@ -141,14 +141,16 @@ def _previews(prepared: Prepared) -> list[dict[str, Any]]:
 
 def _show(prepared: Prepared, console: Console) -> None:
     recipe, plan, data, estimate = prepared.recipe, prepared.plan, prepared.data, prepared.estimate
+    samples = recipe.rows == "prompts"
+    learnt = "expected" if samples else "learnt"
     for example in _previews(prepared):
-        print_example(console, example)
+        print_example(console, example, learnt)
     tokens, trained = int(data.lengths.sum()), int(data.trained.sum())
     held_out = f", {data.held_out_rows:,} of them held out" if data.held_out_rows else ", none of them held out"
     lines = [
         "",
         f"data      {data.train_rows + data.held_out_rows:,} rows{held_out}; {tokens:,} tokens, of which "
-        f"{100 * trained / max(tokens, 1):.0f}% are learnt",
+        f"{100 * trained / max(tokens, 1):.0f}% are {learnt}",
     ]
     if data.bad_rows:
         lines.append(f"          {len(data.bad_rows):,} bad rows are left out: {'; '.join(data.bad_rows[:3])}")
@@ -164,7 +166,7 @@ def _show(prepared: Prepared, console: Console) -> None:
         f"          {plan.steps:,} steps of about {plan.step_tokens:,} tokens ({plan.epochs:g} epochs), sequences of "
         f"at most {plan.length:,}, learning rate {plan.learning_rate:g}",
         f"cost      about {human_bytes(estimate.total)} of memory ({human_bytes(estimate.available)} are free), "
-        f"about {_duration(estimate.seconds)}",
+        f"about {_duration(estimate.seconds)}" + (", and what sampling the answers takes" if samples else ""),
         f"folder    {prepared.folder}" + (", where a run goes on" if prepared.begun else ""),
         "",
     ]

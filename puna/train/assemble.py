@@ -22,14 +22,15 @@ from puna.train.objectives.objective import MeasuredObjective
 from puna.train.objectives.pairs import DPO, IPO
 from puna.train.parallel import ALONE, Ranks
 from puna.train.plan import Plan
+from puna.train.policy import Policy
 from puna.train.prepare import PreparedData
 from puna.train.recipe import Recipe
-from puna.train.rollouts import RolloutStream
+from puna.train.rollouts import Prompt, RolloutStream
 from puna.train.runs import Evaluation, Sample
 from puna.train.trainer import Stream, check_sharded, measure
 
 TEACHER = "teacher"  # its cache, in the run's folder
-SAMPLES = 2
+SAMPLES, SAMPLE_TOKENS = 2, 64  # answers in the run's page, and how long they may be
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,12 @@ def assemble(
     module: LlamaModule,
     teacher: Teacher | None,
     folder: Path,
+    *,
+    shows_answers: bool = False,
     ranks: Ranks = ALONE,
 ) -> Work:
-    """``folder`` is the run's, where a teacher's logits are kept if the recipe does not say. To be called before the
-    trainer is made, as ``Knobs.objective``."""
+    """``folder`` is the run's, where a teacher's logits are kept if the recipe does not say. ``shows_answers``: also to
+    held-out prompts. To be called before the trainer is made, as ``Knobs.objective``."""
     knobs = recipe.objective
     if isinstance(knobs, GRPO):
         return _rollouts(knobs, recipe, plan, data, module)
@@ -107,13 +110,21 @@ def assemble(
     else:
         objective = knobs.objective(module)
     held_out = data.held_out(plan.length, plan.truncation, plan.answers)
+    most = min(plan.length, module.config.max_position_embeddings - SAMPLE_TOKENS)
+    asked = data.prompts_to_show(SAMPLES, most) if shows_answers else []
     stream = data.stream(recipe.seed, plan.length, plan.truncation, plan.answers)
 
     def evaluate() -> Evaluation | None:
         if not held_out:
             return None
         measured = measure(module, objective, held_out, ranks)
-        return Evaluation({name.removeprefix("validation_"): value for name, value in measured.items()})
+        numbers = {name.removeprefix("validation_"): value for name, value in measured.items()}
+        if not asked:
+            return Evaluation(numbers)
+        length = max(len(prompt.ids) for prompt in asked) + SAMPLE_TOKENS
+        policy = Policy(module, length, len(asked))  # let go of again: the training needs the memory
+        texts = policy.greedy([prompt.ids for prompt in asked], data.tokenizer, SAMPLE_TOKENS)
+        return Evaluation(numbers, _samples(data, asked, texts))
 
     return Work(objective, stream, held_out, evaluate)
 
@@ -135,10 +146,16 @@ def _rollouts(knobs: GRPO, recipe: Recipe, plan: Plan, data: PreparedData, modul
         answers = stream.answered(held_out)
         if not answers:
             return None
-        samples = tuple(
-            Sample(data.tokenizer.decode(a.prompt.ids).decode("utf-8", "replace"), a.text, a.prompt.expected)
-            for a in answers[:SAMPLES]
-        )
-        return Evaluation({"reward": sum(a.reward for a in answers) / len(answers)}, samples)
+        shown = answers[:SAMPLES]
+        samples = _samples(data, [answer.prompt for answer in shown], [answer.text for answer in shown])
+        return Evaluation({"reward": sum(answer.reward for answer in answers) / len(answers)}, samples)
 
     return Work(knobs.objective(module), stream, (), evaluate)
+
+
+def _samples(data: PreparedData, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Sample, ...]:
+    """Prompts are shown as the model reads them."""
+    return tuple(
+        Sample(data.tokenizer.decode(prompt.ids).decode("utf-8", "replace"), text, prompt.expected)
+        for prompt, text in zip(prompts, texts, strict=True)
+    )

@@ -23,7 +23,7 @@ from puna.model.shapes import parameter_count
 from puna.ops.torch_ops import TorchOps
 from puna.store import Manifest, ModelName, ResolvedModel, Store, resolve
 from puna.train.assemble import Teacher, assemble, check_ranks, find_teacher, other_models
-from puna.train.estimate import Estimate, fitted
+from puna.train.estimate import Estimate, fitted, weight_bytes
 from puna.train.module import LlamaModule
 from puna.train.parallel import ALONE, Ranks
 from puna.train.plan import Plan, make_plan, needed_lengths
@@ -62,6 +62,14 @@ class Prepared:
         """How many documents are too long, where such are dropped."""
         dropped = self.plan.truncation == "drop"
         return int((needed_lengths(self.recipe, self.data) > self.plan.length).sum()) if dropped else 0
+
+    @property
+    def shows_answers(self) -> bool:
+        """Whether answers to held-out prompts cost little: an adapter's, by an engine for which there is room."""
+        recipe, estimate = self.recipe, self.estimate
+        has_room = estimate.total + weight_bytes(self.checkpoint) <= estimate.available
+        adapts = recipe.method.type == "lora" and not recipe.method.dora
+        return recipe.rows == "documents" and adapts and self.plan.device == "cpu" and has_room
 
     @property
     def inputs(self) -> RunInputs:
@@ -179,7 +187,8 @@ def _run(
     recipe, plan, data = prepared.recipe, prepared.plan, prepared.data
     on_stage("loading the model")
     module = make_module(prepared, ranks)
-    work = assemble(recipe, plan, data, module, prepared.teacher, prepared.folder, ranks)
+    shows = prepared.shows_answers and ranks.count == 1
+    work = assemble(recipe, plan, data, module, prepared.teacher, prepared.folder, shows_answers=shows, ranks=ranks)
     states = prepared.folder / STATES
     trainer = Trainer(module, work.objective, work.stream, plan.settings(recipe), states, work.validation, ranks)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -16,6 +17,7 @@ from puna.store import ResolvedModel
 from puna.tokenizer import Tokenizer
 from puna.train.data.answers import AnswerStream
 from puna.train.data.dataset import Dataset, Scan, Subset, open_dataset
+from puna.train.data.examples import Continuation, Conversation
 from puna.train.data.for_model import renderer_for
 from puna.train.data.order import Order
 from puna.train.data.packing import PackedStream
@@ -56,6 +58,13 @@ class PreparedSource:
             return prompt_of(self.renderer, subset[place])
         except DataError as error:
             raise DataError(f"{subset.where(place)}: {error}") from None
+
+    def asking(self) -> Iterator[Prompt]:
+        """The prompts of those rows held out that have one."""
+        for example in self.held_out:
+            if isinstance(example, Conversation) or (isinstance(example, Continuation) and example.prompt):
+                with suppress(DataError):  # of what is learnt from beginning to end
+                    yield prompt_of(self.renderer, example)
 
     def facts(self) -> DataFacts:
         """As the run's folder tells it. Tokens are about those of the rows that are trained on."""
@@ -118,10 +127,16 @@ class PreparedData:
         """Of a row to train on. Raises DataError naming the row that has none."""
         return self.sources[source].prompt(self.sources[source].train, place)
 
-    def held_out_prompts(self, most: int | None = None) -> list[Prompt]:
-        """Of the first rows that are held out. Raises DataError as ``prompt``."""
-        places = ((source, place) for source in self.sources for place in range(len(source.held_out)))
-        return [source.prompt(source.held_out, place) for source, place in islice(places, most)]
+    def held_out_prompts(self) -> list[Prompt]:
+        """Of all rows that are held out. Raises DataError as ``prompt``."""
+        return [
+            source.prompt(source.held_out, place) for source in self.sources for place in range(len(source.held_out))
+        ]
+
+    def prompts_to_show(self, count: int, length: int) -> list[Prompt]:
+        """The first of at most ``length`` tokens; rows that ask for nothing are passed over."""
+        fitting = (prompt for source in self.sources for prompt in source.asking() if len(prompt.ids) <= length)
+        return list(islice(fitting, count))
 
     def held_out(self, length: int, truncation: Truncation, answers: int) -> list[Any]:
         """The micro-batches that the model is measured by; none where no row is held out."""

@@ -127,6 +127,14 @@ def test_the_run_is_recorded(store: Store, rows: Path) -> None:
     assert [row["step"] for row in kept.metrics()] == list(range(1, 31))
     validated = [row["validation_loss"] for row in kept.metrics() if "validation_loss" in row]
     assert min(validated) == pytest.approx(outcome.after, abs=1e-6)
+    # The answers of the page are those of the served models.
+    for name, evaluation in (("stories", kept.record.before), ("bot", kept.record.after)):
+        with LLM.load(resolve(name, store)) as llm:
+            for sample, example in zip(evaluation.samples, prepared.data.sources[0].held_out, strict=False):
+                assert (sample.prompt, sample.wanted) == (f"<s>{example.prompt}", example.text)
+                served = llm.generate(example.prompt, temperature=0, max_tokens=64).text
+                assert sample.answer.strip() == served.strip()
+        assert len(evaluation.samples) == 2
     assert kept.record.trained_parameters == prepared.estimate.trained_parameters
 
 
