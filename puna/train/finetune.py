@@ -209,8 +209,10 @@ def _run(
     trainer.run(log)
     if recipe.training.keep_best:
         _take_best(module, states)
-    on_stage("measuring on held-out rows after")
-    after = work.evaluate()
+    after = None
+    if data.held_out_rows:
+        on_stage("measuring on held-out rows after")
+        after = work.evaluate()
     on_stage("saving")
     path = save_result(recipe, prepared.found, prepared.checkpoint, module, prepared.folder, ranks)
     manifest = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -63,8 +62,11 @@ class PreparedSource:
         """The prompts of those rows held out that have one."""
         for example in self.held_out:
             if isinstance(example, Conversation) or (isinstance(example, Continuation) and example.prompt):
-                with suppress(DataError):  # of what is learnt from beginning to end
-                    yield prompt_of(self.renderer, example)
+                try:
+                    prompt = prompt_of(self.renderer, example)
+                except DataError:
+                    continue  # everything of it is learnt
+                yield prompt
 
     def facts(self) -> DataFacts:
         """As the run's folder tells it. Tokens are about those of the rows that are trained on."""

@@ -44,12 +44,39 @@ def test_from_rows_to_an_answer(ready: Callable[..., Any], tmp_path: Path) -> No
     assert ready(*options[:-2], "--restart").code == 0
 
 
+def test_what_is_told_of_other_objectives(ready: Callable[..., Any], tmp_path: Path) -> None:
+    pairs = [{"prompt": f"Tell about {n}.", "chosen": " A cat.", "rejected": " A dog."} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    options = ("--objective", "reward", "--steps", "1", "--validation", "0.5", "--threads", "1")
+    judge = ready("finetune", "stories", str(tmp_path / "pairs.jsonl"), "--out", "judge", *options)
+    assert judge.code == 0, judge.err
+    assert "held-out loss: 0.6931 before" in judge.err
+    assert f"the reward model lies in {tmp_path / 'home' / 'runs' / 'judge' / 'reward-model'}" in judge.err
+    asks = [{"prompt": f"Tell about {n}.", "completion": " A cat."} for n in range(12)]
+    (tmp_path / "asks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asks))
+    recipe = tmp_path / "sampled.toml"
+    recipe.write_text(
+        'model = "stories"\noutput = "sampled"\n[objective]\ntype = "grpo"\nreward = "exact"\nmax_tokens = 4\n'
+        'prompts = 1\n[training]\nsteps = 1\n[[data]]\npath = "asks.jsonl"\nvalidation = 0.5\n'
+    )
+    sampled = ready("train", str(recipe), "--threads", "1")
+    assert sampled.code == 0, sampled.err
+    assert "with what is expected underlined" in sampled.err
+    assert "held-out reward: 0.0000 before, 0.0000 after" in sampled.err
+    planned = ("finetune", "stories", str(tmp_path / "asks.jsonl"), "--out", "x", "--dry-run", "--json")
+    grpo = ready(*planned, "--objective", "grpo", "--reward", "number").json["recipe"]
+    assert 'type = "grpo"\nreward = "number"' in grpo
+    distil = ready(*planned, "--objective", "distill", "--teacher", "stories").json["recipe"]
+    assert 'type = "distill"\nteacher = "stories"' in distil
+
+
 def test_a_recipe_is_the_same_command(ready: Callable[..., Any], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('model = "stories"\noutput = "bot"\n[training]\nsteps = 2\n[[data]]\npath = "rows.jsonl"\n')
     done = ready("train", str(recipe), "--threads", "1")
     assert done.code == 0
-    assert "held-out loss" in done.err
+    assert "step 2/2  loss " in done.err
+    assert "measuring" not in done.err  # of two rows, many times, none was held out
     assert "bot is ready. Try: puna run bot" in done.err
     by_command = ready(
         "finetune", "stories", str(tmp_path / "rows.jsonl"), "--out", "two", "--steps", "2", "--dry-run", "--json"
