@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from puna.config import ModelConfig
-from puna.errors import CheckpointError
+from puna.errors import CheckpointError, TokenizerError
 from puna.tensor import Weight
 from puna.tokenizer import Tokenizer
 
@@ -33,6 +33,15 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer stored with the weights, or None. Raises TokenizerError when it is malformed."""
         return self.read_tokenizer()
+
+    def needed_tokenizer(self, path: Path) -> Tokenizer:
+        """The same, for who can't do without; ``path`` is named in the TokenizerError."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise TokenizerError(
+                f"{path} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the weights"
+            )
+        return tokenizer
 
 
 class CheckpointFormat(Protocol):

@@ -22,7 +22,7 @@ from puna.checkpoint import open_checkpoint
 from puna.checkpoint.lora import read_adapter
 from puna.engine import Constraint, Engine, LoadedAdapter, PrefixCache, Request, SamplingParams, Speculation
 from puna.engine.runner import RunnableModel
-from puna.errors import RequestError, TemplateError, TokenizerError
+from puna.errors import RequestError, TemplateError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
 from puna.llm.identity import model_identity
@@ -138,11 +138,7 @@ class LLM:
         """
         found = name_or_path if isinstance(name_or_path, ResolvedModel) else resolve(name_or_path)
         checkpoint = open_checkpoint(found.path)
-        tokenizer = checkpoint.tokenizer
-        if tokenizer is None:
-            raise TokenizerError(
-                f"{found.path} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the weights"
-            )
+        tokenizer = checkpoint.needed_tokenizer(found.path)
         manifest = found.manifest
         stored = parse_options(manifest.parameters if manifest else {})
         if context_length is None and stored.num_ctx is not None:

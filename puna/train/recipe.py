@@ -294,8 +294,10 @@ def read_recipe(path: str | Path) -> Recipe:
     path = Path(path).expanduser()
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read: {error.strerror}; name the recipe's TOML file") from None
+    except UnicodeDecodeError:
+        raise TrainingError(f"{path} is not text in UTF-8; save it as such") from None
     except tomllib.TOMLDecodeError as error:
         raise TrainingError(f"{path} is not TOML: {error}") from None
     return recipe_from(raw, path.absolute().parent)

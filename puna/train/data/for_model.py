@@ -10,7 +10,7 @@ from puna.chat.builtin import builtin_template
 from puna.chat.go_template import chat_template
 from puna.chat.messages import Message
 from puna.checkpoint import open_checkpoint
-from puna.errors import TemplateError, TokenizerError
+from puna.errors import TemplateError
 from puna.store import ResolvedModel, resolve
 from puna.tokenizer import Tokenizer
 from puna.train.data.render import Renderer, TrainOn
@@ -26,11 +26,7 @@ def renderer_for(
     TemplateError for a broken template."""
     found = model if isinstance(model, ResolvedModel) else resolve(model)
     checkpoint = open_checkpoint(found.path)
-    tokenizer = checkpoint.tokenizer
-    if tokenizer is None:
-        raise TokenizerError(
-            f"{found.path} has no tokenizer; put the model's tokenizer.json or tokenizer.model beside the weights"
-        )
+    tokenizer = checkpoint.needed_tokenizer(found.path)
     manifest = found.manifest
     source = (manifest.template if manifest else None) or checkpoint.chat_template or _builtin(tokenizer)
     return Renderer(
