@@ -64,11 +64,11 @@ HeadPart<Type> head_part(const CacheLayout& layout, const uint8_t* part) {
           reinterpret_cast<const uint16_t*>(part + layout.key_scales), reinterpret_cast<const uint16_t*>(part + layout.value_scales)};
 }
 
-// Asks for `count` numbers.
+// Asks for `count` numbers, into the second-level cache: more such requests are under way at once than into the first.
 template <class Number>
 void prefetch(const Number* from, int count) {
   constexpr int kLine = 64 / sizeof(Number);
-  for (int i = 0; i < count; i += kLine) __builtin_prefetch(from + i);
+  for (int i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 0, 2);
 }
 
 // Scores of Rows queries against Width vectors of keys of one block. Meanwhile the numbers at `ahead` are fetched.
