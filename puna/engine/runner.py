@@ -14,8 +14,8 @@ from puna.ops.protocol import Array, Batch, KVCache, Ops, Sampled, SamplingRow
 from puna.tensor import Adapter
 
 
-class RunnableModel(Protocol):
-    """What the engine needs of a model."""
+class ForwardModel(Protocol):
+    """What computes a batch: logits or final hidden states."""
 
     @property
     def ops(self) -> Ops: ...
@@ -26,6 +26,10 @@ class RunnableModel(Protocol):
     def forward(self, batch: Batch, kv: KVCache) -> Array: ...
 
     def hidden(self, batch: Batch, kv: KVCache) -> Array: ...
+
+
+class RunnableModel(ForwardModel, Protocol):
+    """What the engine needs of a model: one to which adapters can be added."""
 
     def upload(self, adapter: Adapter) -> Any: ...
 

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from puna.chat.builtin import builtin_template
@@ -18,32 +17,25 @@ from puna.chat.messages import Message, parse_messages
 from puna.chat.prompt import Prompt, render_prompt
 from puna.chat.template import Template
 from puna.chat.tools import ToolFormat, tool_format
-from puna.checkpoint import open_checkpoint
 from puna.checkpoint.lora import read_adapter
 from puna.engine import Constraint, Engine, LoadedAdapter, PrefixCache, Request, SamplingParams, Speculation
-from puna.engine.runner import RunnableModel
+from puna.engine.runner import ForwardModel
 from puna.errors import RequestError, TemplateError
 from puna.llm import scoring
 from puna.llm.answers import Chunk, Completion, collect, stream_chunks
-from puna.llm.identity import model_identity
-from puna.llm.ollama_options import parse_options
-from puna.llm.packing import bind_model
-from puna.llm.speculative import speculation as make_speculation
+from puna.llm.loading import load_parts
+from puna.llm.memory import BLOCK_SIZE, DEFAULT_CONTEXT, cache_blocks
 from puna.model.model import Model
 from puna.ops.protocol import Ops
-from puna.ops.registry import make_ops
 from puna.store import ResolvedModel, resolve
 from puna.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from puna.engine.constraint import ConstraintCompiler
 
-DEFAULT_CONTEXT = 8192
-BLOCK_SIZE = 32
 CACHE_SIZE = 10**9
 MAX_SEQUENCES = 64
 MAX_BATCH_TOKENS = 512
-CACHED_CONTEXTS = 4
 
 
 class LLM:
@@ -93,7 +85,7 @@ class LLM:
         with_cache = [model] if draft is None else [model, draft]
         self.engine = Engine(
             model,
-            num_blocks=_cache_blocks(with_cache, context, kv_type, explicit=context_length is not None),
+            num_blocks=cache_blocks(with_cache, context, kv_type, explicit=context_length is not None),
             context_length=context,
             block_size=BLOCK_SIZE,
             kv_type=kv_type,
@@ -137,35 +129,18 @@ class LLM:
         Raises StoreError, CheckpointError, ConfigError, TokenizerError, RequestError.
         """
         found = name_or_path if isinstance(name_or_path, ResolvedModel) else resolve(name_or_path)
-        checkpoint = open_checkpoint(found.path)
-        tokenizer = checkpoint.needed_tokenizer(found.path)
-        manifest = found.manifest
-        stored = parse_options(manifest.parameters if manifest else {})
-        if context_length is None and stored.num_ctx is not None:
-            context_length = min(stored.num_ctx, checkpoint.config.max_position_embeddings)
-        threads = stored.num_thread if threads is None else threads
-        model_ops = make_ops(ops, threads) if ops is None or isinstance(ops, str) else ops
-        speculation = make_speculation(speculative, draft_model, model_ops, tokenizer, packed=packed is not False)
-        llm = cls(
-            bind_model(
-                model_ops,
-                found,
-                checkpoint,
-                packed=packed if isinstance(packed, bool) else Path(packed).expanduser(),
-            ),
-            tokenizer,
-            chat_template=(manifest.template if manifest else None) or checkpoint.chat_template,
-            system=manifest.system if manifest else None,
-            history=manifest.messages if manifest else (),
-            defaults=stored.sampling,
+        parts = load_parts(
+            found,
             context_length=context_length,
-            kv_type=kv_type,
-            speculation=speculation,
-            prefix_cache=None
-            if cache_dir is None
-            else PrefixCache(Path(cache_dir).expanduser(), model_identity(found), cache_size),
-            max_sequences=max_sequences,
+            threads=threads,
+            ops=ops,
+            speculative=speculative,
+            draft_model=draft_model,
+            packed=packed,
+            cache_dir=cache_dir,
+            cache_size=cache_size,
         )
+        llm = cls(**vars(parts), kv_type=kv_type, max_sequences=max_sequences)
         own = found.adapters if adapters else {}
         for name, path in own.items():
             llm.load_adapter(name, path)
@@ -398,7 +373,7 @@ class LLM:
         return scoring.score(self._scored, prompt_ids, whole[len(prompt_ids) :], self.kv_type)
 
     @property
-    def _scored(self) -> scoring.ScoredModel:
+    def _scored(self) -> ForwardModel:
         """The model as it answers where no adapter is named."""
         if self.own_adapter is None:
             return self.model
@@ -417,16 +392,3 @@ def _texts(given: str | Sequence[str]) -> list[str]:
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise RequestError(f"expected a text or a list of texts, found {repr(given)[:100]}")
     return list(texts)
-
-
-def _cache_blocks(models: Sequence[RunnableModel], context_length: int, kv_type: str | None, *, explicit: bool) -> int:
-    """Room for four full contexts, in at most half of the free memory; pages are only taken when they are used."""
-    one_context = -(-context_length // BLOCK_SIZE)
-    block_bytes = BLOCK_SIZE * sum(model.ops.kv_bytes_per_token(model.config, kv_type) for model in models)
-    affordable = psutil.virtual_memory().available // 2 // block_bytes
-    if affordable < one_context and explicit:
-        raise RequestError(
-            f"a context of {context_length} tokens needs {one_context * block_bytes >> 20} MiB of cache, more than "
-            f"half of the free memory ({affordable * block_bytes >> 20} MiB); choose a smaller context_length"
-        )
-    return int(max(1, min(CACHED_CONTEXTS * one_context, affordable)))

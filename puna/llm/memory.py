@@ -1,17 +1,25 @@
-"""What a model will take of the memory, told before it is loaded."""
+"""What a model will take of the memory, told before it is loaded, and how much of it the cache gets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import psutil
+
 from puna.checkpoint import Checkpoint, open_checkpoint
+from puna.engine.runner import ForwardModel
+from puna.errors import RequestError
 from puna.ops.protocol import Ops
 from puna.store import ResolvedModel
 
 if TYPE_CHECKING:
     from puna.ops.native_ops import NativeOps
 
+DEFAULT_CONTEXT = 8192
+BLOCK_SIZE = 32
+CACHED_CONTEXTS = 4
 # The step's arrays, the tokenizer and its vocabulary, Python's own.
 OVERHEAD = 128 << 20
 
@@ -36,6 +44,25 @@ def estimate_memory(
     checkpoint = open_checkpoint(found.path)
     cache = ops.kv_bytes_per_token(checkpoint.config, kv_type) * context_length * contexts
     return MemoryEstimate(_weight_bytes(ops, checkpoint), cache)
+
+
+def cache_blocks(
+    models: Sequence[ForwardModel], context_length: int, kv_type: str | None = None, *, explicit: bool
+) -> int:
+    """How many blocks of BLOCK_SIZE tokens: room for four full contexts, in at most half of the free memory.
+
+    Pages are only taken when they are used. Raises RequestError when a context that was asked for (``explicit``) does
+    not fit.
+    """
+    one_context = -(-context_length // BLOCK_SIZE)
+    block_bytes = BLOCK_SIZE * sum(model.ops.kv_bytes_per_token(model.config, kv_type) for model in models)
+    affordable = psutil.virtual_memory().available // 2 // block_bytes
+    if affordable < one_context and explicit:
+        raise RequestError(
+            f"a context of {context_length} tokens needs {one_context * block_bytes >> 20} MiB of cache, more than "
+            f"half of the free memory ({affordable * block_bytes >> 20} MiB); choose a smaller context_length"
+        )
+    return int(max(1, min(CACHED_CONTEXTS * one_context, affordable)))
 
 
 def _weight_bytes(ops: Ops, checkpoint: Checkpoint) -> int:

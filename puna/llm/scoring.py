@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from puna.config import ModelConfig
+from puna.engine.runner import ForwardModel
 from puna.errors import RequestError
 from puna.ops.protocol import Array, Batch, KVCache, Ops
 
 BLOCK_SIZE = 32
 CHUNK_TOKENS = 512
-
-
-class ScoredModel(Protocol):
-    """What is needed of a model here."""
-
-    @property
-    def ops(self) -> Ops: ...
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    def forward(self, batch: Batch, kv: KVCache) -> Array: ...
-
-    def hidden(self, batch: Batch, kv: KVCache) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +31,7 @@ class Score:
 class AlwaysAdapted:
     """A model with adapters, of which every sequence uses the one of this number."""
 
-    model: ScoredModel
+    model: ForwardModel
     number: int
 
     @property
@@ -66,13 +52,13 @@ class AlwaysAdapted:
         return replace(batch, adapters=np.full(len(batch.context_lens), self.number, np.int32))
 
 
-def logits(model: ScoredModel, ids: Sequence[int], kv_type: str | None = None) -> NDArray[np.float32]:
+def logits(model: ForwardModel, ids: Sequence[int], kv_type: str | None = None) -> NDArray[np.float32]:
     """float32[T, V]: row t is the prediction after token t."""
     parts = [model.ops.to_host(model.forward(batch, kv)) for batch, kv in _chunks(model, ids, kv_type)]
     return np.concatenate(parts)
 
 
-def embedding(model: ScoredModel, ids: Sequence[int], kv_type: str | None = None) -> NDArray[np.float32]:
+def embedding(model: ForwardModel, ids: Sequence[int], kv_type: str | None = None) -> NDArray[np.float32]:
     """float32[D]: the mean of the final hidden states, scaled to length 1."""
     total = np.zeros(model.config.hidden_size, np.float64)
     for batch, kv in _chunks(model, ids, kv_type):
@@ -81,7 +67,7 @@ def embedding(model: ScoredModel, ids: Sequence[int], kv_type: str | None = None
 
 
 def score(
-    model: ScoredModel, prompt_ids: Sequence[int], continuation_ids: Sequence[int], kv_type: str | None = None
+    model: ForwardModel, prompt_ids: Sequence[int], continuation_ids: Sequence[int], kv_type: str | None = None
 ) -> Score:
     """Log probability of a continuation after a prompt; only one chunk of logits is in memory at a time."""
     if not prompt_ids or not continuation_ids:
@@ -103,7 +89,7 @@ def score(
 
 
 def _chunks(
-    model: ScoredModel, ids: Sequence[int], kv_type: str | None, first_row: int = 0
+    model: ForwardModel, ids: Sequence[int], kv_type: str | None, first_row: int = 0
 ) -> Iterator[tuple[Batch, KVCache]]:
     """One sequence in consecutive blocks, some tokens at a time; logits are wanted from position ``first_row`` on."""
     config = model.config

@@ -16,8 +16,7 @@ from puna.checkpoint import open_checkpoint
 from puna.checkpoint.lora import read_adapter
 from puna.errors import CapacityError
 from puna.llm import LLM
-from puna.llm.llm import CACHED_CONTEXTS, DEFAULT_CONTEXT
-from puna.llm.memory import MemoryEstimate, estimate_memory
+from puna.llm.memory import CACHED_CONTEXTS, DEFAULT_CONTEXT, MemoryEstimate, estimate_memory
 from puna.llm.ollama_options import parse_options
 from puna.ops.protocol import Ops
 from puna.ops.registry import make_ops

@@ -1,8 +1,11 @@
+"""Values that cannot be meant are refused, by name: in a request itself, and by the engine that is to run it."""
+
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from fake_engine import assert_all_free, expected_greedy, greedy, make_engine, tokens_of
 
 from puna.engine import Request, SamplingParams
 from puna.errors import RequestError
@@ -95,3 +98,53 @@ def test_edges_are_accepted() -> None:
 def test_stop_may_be_one_text() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+class TestByTheEngine:
+    @pytest.mark.parametrize(
+        ("prompt", "params", "reason"),
+        [
+            ([], {}, "prompt is empty"),
+            (["a"], {}, "list of token ids"),
+            ([1.5], {}, "list of token ids"),
+            ([2**40], {}, "list of token ids"),
+            ([1, 50], {}, "the prompt has token id 50, but the model's ids go from 0 to 49"),
+            ([-1], {}, "token id -1"),
+            ([1] * 64, {}, "the prompt has 64 tokens, but the context of 64"),
+            ([1], {"logit_bias": {50: 1.0}}, "logit_bias has token id 50"),
+            ([1], {"stop_token_ids": (50,)}, "stop_token_ids has token id 50"),
+            ([1], {"top_logprobs": 51}, "top_logprobs must not exceed"),
+            ([1], {"prompt_logprobs": 51}, "prompt_logprobs must not exceed"),
+            ([1] * 65, {"prompt_logprobs": 0, "max_tokens": 0}, "context of 64 must hold it; shorten"),
+            ([1], {"allowed_token_ids": [50]}, "allowed_token_ids has token id 50"),
+            ([1], {"bad_words_ids": [[1, 50]]}, "bad_words_ids has token id 50"),
+        ],
+    )
+    def test_requests(self, prompt: Any, params: dict[str, Any], reason: str) -> None:
+        engine = make_engine()
+        with pytest.raises(RequestError, match=reason):
+            engine.submit(Request(prompt, SamplingParams(**params)))
+        assert_all_free(engine)
+
+    def test_num_keep_must_leave_room(self) -> None:
+        engine = make_engine()
+        with pytest.raises(RequestError, match="num_keep must leave two of the context's 64 tokens, found 63"):
+            engine.submit(Request([1], shift=True, num_keep=63))
+        assert_all_free(engine)
+
+    def test_the_longest_prompt_is_accepted(self) -> None:
+        events = list(make_engine().submit(Request([1] * 63, greedy())))
+        assert tokens_of(events) == expected_greedy([1] * 63, 1)
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"num_blocks": 0}, "num_blocks must be at least 1"),
+            ({"block_size": 0}, "block_size"),
+            ({"max_sequences": 65, "max_batch_tokens": 64}, "must not exceed max_batch_tokens"),
+            ({"num_blocks": None, "kv_memory_bytes": 63}, "kv_memory_bytes must be at least 64, one block of 4 tokens"),
+        ],
+    )
+    def test_engines(self, options: dict[str, Any], reason: str) -> None:
+        with pytest.raises(RequestError, match=reason):
+            make_engine(**options)

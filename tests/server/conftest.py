@@ -32,6 +32,15 @@ def server(model_store: Store) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
+def own(shared_data: Path, tmp_path: Path) -> Iterator[RunningServer]:
+    """A server of the test's own, over a store of its own that holds ``stories``."""
+    store = Store(tmp_path / "home", notify=lambda _: None)
+    import_file(shared_data / "weights" / "stories260K" / "stories260K.gguf", "stories", store=store)
+    with RunningServer(store) as running:
+        yield running
+
+
+@pytest.fixture
 def http(server: RunningServer) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client

@@ -13,7 +13,7 @@ from running_server import RunningServer
 from puna.engine import SamplingParams
 from puna.server.asking import Ask, text_pieces
 from puna.server.auth import Tenant
-from puna.server.service import Service, TheService
+from puna.server.service import TheService
 from puna.store import Store
 
 router = APIRouter()
@@ -69,8 +69,3 @@ class GuardedServer(RunningServer):
     def __init__(self, store: Store, **settings: object) -> None:
         super().__init__(store, **settings)
         add_routes(self.app)
-
-    @property
-    def service(self) -> Service:
-        service: Service = self.app.state.service
-        return service

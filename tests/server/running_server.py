@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
+import httpx
 import uvicorn
 
 from puna.server.app import create_app
+from puna.server.service import Service
 from puna.server.settings import ServerSettings
 from puna.store import Store
 
@@ -36,3 +39,17 @@ class RunningServer:
         self.server.should_exit = True
         self._thread.join(timeout=60)
         assert not self._thread.is_alive(), "the server did not stop"
+
+    @property
+    def service(self) -> Service:
+        service: Service = self.app.state.service
+        return service
+
+    def until(self, condition: Callable[[Service], bool]) -> None:
+        """Ask the server again and again, each time through its engine's thread, until the condition holds."""
+        with httpx.Client(base_url=self.url, timeout=60) as http:
+            for _ in range(20_000):
+                if condition(self.service):
+                    return
+                assert http.get("/readyz").status_code == 200
+        raise AssertionError("it never came to that")

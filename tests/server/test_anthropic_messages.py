@@ -245,5 +245,5 @@ def test_a_client_that_leaves_cancels(server: RunningServer, http: httpx.Client)
     with http.stream("POST", "/v1/messages", json=body) as reply:
         next(reply.iter_lines())
     # The server notices when it next writes or hears of the closed connection; readyz answers between two steps.
-    while server.app.state.service.engine_thread.num_running:
+    while server.service.engine_thread.num_running:
         http.get("/readyz")

@@ -12,12 +12,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 from guarded_server import GuardedServer
+from mirror import Mirror
 from serve_process import ServeProcess
 
 from bench.soak import resident_bytes, soak
@@ -120,53 +120,10 @@ def test_a_thousand_idle_connections(server: GuardedServer) -> None:
     wait_until_idle(server)
 
 
-class HalfwayMirror:
-    """Serves one file, with ranges; the first answer stops halfway for good, and ``halfway`` tells."""
-
-    def __init__(self, content: bytes) -> None:
-        self.ranges: list[str | None] = []
-        self.halfway = threading.Event()
-        mirror = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked = self.headers["Range"]
-                mirror.ranges.append(asked)
-                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-                self.send_response(206 if asked else 200)
-                if asked:
-                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-                self.send_header("Content-Length", str(len(content) - start))
-                self.send_header("ETag", '"one"')
-                self.end_headers()
-                if mirror.halfway.is_set():
-                    self.wfile.write(content[start:])
-                    return
-                self.wfile.write(content[: len(content) // 2])
-                self.wfile.flush()
-                mirror.halfway.set()
-                self.rfile.read(1)  # until the client is gone
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/tales.gguf"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def __enter__(self) -> HalfwayMirror:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
 def test_a_kill_during_a_pull_costs_nothing_but_time(tmp_path: Path, tiny: Path) -> None:
     store = Store(tmp_path, notify=lambda _: None)
     import_file(tiny, "stories", store=store)
-    with HalfwayMirror(tiny.read_bytes() + b"\0" * 6_000_000) as mirror:
+    with Mirror(tiny.read_bytes() + b"\0" * 6_000_000) as mirror:
         body = {"model": mirror.url, "insecure": True}
         with (
             ServeProcess(tmp_path, NO_PROXY="127.0.0.1") as serving,
@@ -178,6 +135,7 @@ def test_a_kill_during_a_pull_costs_nothing_but_time(tmp_path: Path, tiny: Path)
                 assert serving.process.poll() is None
             serving.process.kill()
             serving.process.wait()
+        mirror.gate.set()
         assert [str(manifest.model_name) for manifest in store.models()] == ["stories:latest"]
         assert store.verify() == []
         with ServeProcess(tmp_path, NO_PROXY="127.0.0.1") as serving:
@@ -214,8 +172,8 @@ def test_a_full_disk(small_disk: Path, tiny: Path) -> None:
         refused = http.post("/api/blobs/sha256:" + "0" * 64, content=blob)
         assert refused.status_code == 507, refused.text
         assert "disk is full" in refused.json()["error"] or "free" in refused.json()["error"]
-        with HalfwayMirror(tiny.read_bytes() + b"\0" * 2_000_000) as mirror:
-            mirror.halfway.set()
+        with Mirror(tiny.read_bytes() + b"\0" * 2_000_000) as mirror:
+            mirror.gate.set()
             body = {"model": mirror.url, "insecure": True, "stream": False}
             pulled = http.post("/api/pull", json=body)
             assert "error" in pulled.json(), pulled.text

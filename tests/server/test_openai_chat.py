@@ -307,7 +307,7 @@ async def leave(server: RunningServer, body: dict[str, Any], after_bytes: int) -
         task = asyncio.ensure_future(read())
         if after_bytes:
             return await task
-        while not server.app.state.service.engine_thread.num_running:
+        while not server.service.engine_thread.num_running:
             await asyncio.sleep(0.002)
         task.cancel()
         await asyncio.wait({task})
@@ -319,7 +319,7 @@ def test_a_client_that_goes_away_cancels_also_during_prefill(
     server: RunningServer, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, stream: bool, after_bytes: int
 ) -> None:
     post(http, {**COMMON, "max_tokens": 1})
-    engine = next(m for m in server.app.state.service.manager.loaded() if m.name.startswith("smollm2")).llm.engine
+    engine = next(m for m in server.service.manager.loaded() if m.name.startswith("smollm2")).llm.engine
     ended: list[Any] = []
     cancel = engine.cancel
 
@@ -337,7 +337,7 @@ def test_a_client_that_goes_away_cancels_also_during_prefill(
 
 def until_idle(server: RunningServer) -> None:
     """Wait until nobody uses a model; assert that no block of a cache is lost."""
-    service = server.app.state.service
+    service = server.service
     while service.engine_thread.num_running or any(model.leases for model in service.manager.loaded()):
         time.sleep(0.01)
     for model in service.manager.loaded():
@@ -349,7 +349,7 @@ def test_an_error_in_mid_stream_is_an_event(
     server: RunningServer, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post(http, COMMON)
-    engine = next(m for m in server.app.state.service.manager.loaded() if m.name.startswith("smollm2")).llm.engine
+    engine = next(m for m in server.service.manager.loaded() if m.name.startswith("smollm2")).llm.engine
     steps = iter(range(4))
     step = engine.step
 

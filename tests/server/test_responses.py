@@ -299,5 +299,5 @@ def test_a_client_that_leaves_cancels(server: RunningServer, http: httpx.Client)
     body = {"model": "smollm2", "input": QUESTION, "stream": True, "text": {"format": {"type": "json_object"}}}
     with http.stream("POST", "/v1/responses", json=body) as reply:
         next(reply.iter_lines())
-    while server.app.state.service.engine_thread.num_running:
+    while server.service.engine_thread.num_running:
         http.get("/readyz")

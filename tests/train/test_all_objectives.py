@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from test_finetune import NAMES, PLACES, _one_thread, recipe, rows, served_loss, store  # noqa: E402, F401
+from test_finetune import NAMES, PLACES, recipe, rows, served_loss, store  # noqa: E402, F401
 
 from puna import LLM  # noqa: E402
 from puna.chat.go_template import chat_template  # noqa: E402
