@@ -5,6 +5,7 @@ what it makes of the text.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from puna.config import ModelConfig
 from puna.model import llama
 from puna.model.rope import inverse_frequencies
 from puna.ops.recording import RecordingOps
-from puna.ops.reference import ReferenceOps
+from puna.ops.registry import make_ops
 from puna.quantize.calibration import Windows, one_sequence
 from puna.tensor import Weight
 
@@ -28,6 +29,10 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+
+
+class _AllSeen(Exception):
+    """The layer has shown what was asked for; the rest of it need not be computed."""
 
 
 @dataclass
@@ -61,6 +66,7 @@ class LayerByLayer:
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], windows: Windows) -> None:
         self.layer = 0
+        self._ops = make_ops()
         self._config, self._tensors, self._windows = replace(config, num_hidden_layers=1), tensors, windows
         embedding = tensors["model.embed_tokens.weight"]
         self._states = [embedding.take_rows(window).dequantize() for window in windows]
@@ -106,22 +112,25 @@ class LayerByLayer:
         return {name: Moments(m.second / tokens, m.magnitude / tokens) for name, m in sums.items()}
 
     def _run(self, stages: Sequence[tuple[str, ...]], keep: bool, see: See) -> None:
-        wanted = {stage[0] for stage in stages}
+        wanted = [stage[0] for stage in STAGES if stage in stages]
 
         def observe(names: Sequence[str], x: Floats) -> None:
             first = names[0].removesuffix(".weight")
             if first in wanted:
                 see(first, x)
+                if first == wanted[-1] and not keep:
+                    raise _AllSeen
 
-        ops = RecordingOps(ReferenceOps(), observe)
+        ops = RecordingOps(self._ops, observe)
         block = self._block(ops)
         for i, window in enumerate(self._windows):
-            batch, kv = one_sequence(window), ops.new_kv(self._config, 1, len(window))
+            batch, kv = one_sequence(window), ops.new_kv(self._config, 1, len(window), "f32")
             frequencies, scale = inverse_frequencies(self._config, batch)
             angles = ops.rope_angles(batch.positions, frequencies, scale)
-            x = llama.run_block(ops, self._config, block, self._states[i], angles, 0, batch, kv)
-            if keep:
-                self._states[i] = x
+            with suppress(_AllSeen):
+                x = llama.run_block(ops, self._config, block, self._states[i], angles, 0, batch, kv)
+                if keep:
+                    self._states[i] = x
 
     def _block(self, ops: RecordingOps) -> llama.Block:
         uploaded = {

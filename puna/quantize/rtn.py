@@ -35,7 +35,8 @@ def in_groups(values: Floats, group_size: int) -> Floats:
 def spacing(groups: Floats, bits: int, symmetric: bool) -> tuple[Floats, NDArray[np.int16]]:
     """Scales (as float16 holds them) and zero points of float32[..., numbers]: those whose codes reach both ends.
 
-    Symmetric codes stand for -2^(bits-1) … 2^(bits-1) - 1 steps.
+    Symmetric codes stand for -2^(bits-1) … 2^(bits-1) - 1 steps. No zero point is 0, which GPTQ folders, storing it
+    less 1, cannot tell from 2^bits: loaders disagree on what they read there, and some on the zero points beside it.
     """
     most = (1 << bits) - 1
     low, high = np.minimum(groups.min(axis=-1), 0), np.maximum(groups.max(axis=-1), 0)
@@ -47,7 +48,9 @@ def spacing(groups: Floats, bits: int, symmetric: bool) -> tuple[Floats, NDArray
     if symmetric:
         return scales, np.full(scales.shape, 1 << (bits - 1), np.int16)
     zeros = np.clip(np.rint(-low / scales), 0, most)
-    return scales, zeros.astype(np.int16)
+    with np.errstate(over="ignore"):
+        scales = np.where(zeros == 0, _as_half(high / np.float32(most - 1)), scales)
+    return scales, np.maximum(zeros, 1).astype(np.int16)
 
 
 def nearest_codes(values: Floats, scales: Floats, zeros: NDArray[np.int16], bits: int) -> NDArray[np.uint8]:

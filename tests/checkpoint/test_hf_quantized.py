@@ -109,6 +109,22 @@ def test_fp8_folders_of_other_makers() -> None:
     assert (np.abs(weight.dequantize() - expected) <= block_maxima(expected) * (0.5 / 127 + HALF)).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gptq-v1", GPTQ | {"meta": {"quantizer": ["gptqmodel:7.7.0"]}}),  # with zero points of 0, which borrow
+        ("gptq-v2", GPTQ | {"checkpoint_format": "gptq_v2"}),
+        ("awq-gemm", AWQ),
+    ],
+)
+def test_gptq_and_awq_of_their_libraries(name: str, config: dict[str, Any]) -> None:
+    stored, expected = vector(name)
+    weight = read(config, stored)
+    assert weight.type.name == "Q4_1"
+    step = np.repeat(stored["m.scales"].array().T.astype(np.float32), 32, axis=1)
+    assert (np.abs(weight.dequantize() - expected) <= 15 * step * HALF * 2).all()  # they multiply in float16, too
+
+
 # --- GPTQ and AWQ, packed here number by number as their formats are described ----------------------------------------
 
 

@@ -1,10 +1,14 @@
 """Makes tests/checkpoint/vectors/*.safetensors: one small matrix as other libraries quantize and read it.
 
-Needs torch, safetensors, compressed-tensors (0.20.0 was used) and bitsandbytes (0.50.2): `python make_hf_quantized.py`.
+Needs torch, safetensors, compressed-tensors (0.20.0 was used), bitsandbytes (0.50.2) and, installed with --no-deps as
+tests/quantize/test_foreign_loaders.py says, gptqmodel (7.7.0) and autoawq (0.2.9): `python make_hf_quantized.py`.
 """
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import bitsandbytes.functional as bnb
 import torch
@@ -13,7 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 
 OUT = Path(__file__).resolve().parent.parent / "checkpoint" / "vectors"
-ROWS, COLUMNS = 12, 64
+ROWS, COLUMNS, PACKED_ROWS = 12, 64, 32
 torch.manual_seed(0)
 VALUES = torch.randn(ROWS, COLUMNS) * 0.05
 
@@ -60,6 +64,43 @@ def eight_bits() -> None:
     save("bnb-int8", {"weight": codes, "SCB": scales}, bnb.int8_vectorwise_dequant(codes, scales))
 
 
+def spaced() -> tuple[torch.Tensor, torch.Tensor, torch.nn.Linear]:
+    """Scales and zero points [rows, groups of 32 columns], some of which are 0 or 15, and a linear that they fit."""
+    zeros = torch.randint(0, 16, (PACKED_ROWS, COLUMNS // 32))
+    scales = torch.rand(zeros.shape).mul(0.01).add(0.005).half().float()
+    linear = torch.nn.Linear(COLUMNS, len(zeros), bias=False)
+    codes = torch.randint(0, 16, linear.weight.shape)
+    linear.weight.data = (codes - zeros.repeat_interleave(32, 1)) * scales.repeat_interleave(32, 1)
+    return scales, zeros, linear
+
+
+def gptqmodel(name: str, version: int) -> None:
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.quantization.config import QuantizeConfig
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+    scales, zeros, linear = spaced()
+    module = TorchLinear(4, 32, False, False, COLUMNS, len(zeros))
+    module.pack(linear, scales, zeros, torch.arange(COLUMNS, dtype=torch.int32) // 32)
+    expected = module.dequantize_weight().T
+    if version == 1:
+        convert_gptq_v2_to_v1_format_module(module, QuantizeConfig(bits=4, group_size=32, sym=False))
+    save(name, {key: getattr(module, key) for key in ("qweight", "qzeros", "scales", "g_idx")}, expected)
+
+
+def autoawq(name: str) -> None:
+    package = ModuleType("awq")  # its own __init__ wants a transformers of its time
+    package.__path__ = importlib.util.find_spec("awq").submodule_search_locations
+    sys.modules["awq"] = package
+    from awq.modules.linear.gemm import WQLinear_GEMM
+    from awq.utils.packing_utils import dequantize_gemm
+
+    scales, zeros, linear = spaced()
+    module = WQLinear_GEMM.from_linear(linear, 4, 32, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
+    expected = dequantize_gemm(module.qweight, module.qzeros, module.scales.float(), 4, 32).T
+    save(name, {key: getattr(module, key) for key in ("qweight", "qzeros", "scales")}, expected)
+
+
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     group = {"num_bits": 4, "strategy": "group", "group_size": 32}
@@ -77,4 +118,7 @@ if __name__ == "__main__":
     four_bits("bnb-nf4", "nf4", False)
     four_bits("bnb-fp4-double", "fp4", True)
     eight_bits()
+    gptqmodel("gptq-v1", 1)
+    gptqmodel("gptq-v2", 2)
+    autoawq("awq-gemm")
     print(json.dumps(sorted(path.name for path in OUT.iterdir())))

@@ -51,6 +51,15 @@ def test_rounds_within_half_a_step(values: np.ndarray, bits: int, size: int, sym
     reach = step * (1.0 if symmetric else 1.01) + np.abs(values).max() * 2.0**-9 + 1e-6
     assert (error <= reach).all()
     assert (error <= step * 0.51 + np.abs(values).max() * 2.0**-9 + 1e-6).mean() > 0.5
+    assert grouped.zeros.min() > 0
+
+
+def test_numbers_above_zero_reach_their_largest_without_a_zero_point_of_zero() -> None:
+    """The first version of the layout gptq stores zero points less 1, in fields that hold nothing below 0."""
+    values = np.linspace(0, 14, 32, dtype=np.float32)[None]
+    grouped = round_to_nearest(values, 4, 32, symmetric=False)
+    assert (grouped.zeros.item(), grouped.scales.item()) == (1, 1.0)
+    np.testing.assert_array_equal(grouped.dequantize(), np.rint(values))
 
 
 def test_refuses_what_float16_cannot_scale() -> None:

@@ -3,7 +3,7 @@
 Tensors of a module: ``qweight`` int32[inputs · bits / 32, outputs], codes packed along the inputs, the first lowest;
 ``qzeros`` int32[groups, outputs · bits / 32], packed along the outputs; ``scales`` float16[groups, outputs]; ``g_idx``
 int32[inputs], the group of each input. The first version of the format (``checkpoint_format`` ``gptq``) stores zero
-points less one.
+points less one: of each number by itself, or, by GPTQModel, of whole words, where a 0 borrows from the number above.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ from puna.checkpoint.safetensors import StoredTensor
 from puna.tensor.bits import fields, join
 from puna.tensor.groupwise import Grouped
 
+_ONES = {
+    bits: np.int32(sum(1 << at for at in range(0, 32, bits))) for bits in (2, 4, 8)
+}  # a 1 in each number of a word
+
 
 class GptqLayout:
     mains: tuple[str, ...] = ("qweight",)
@@ -41,6 +45,9 @@ class GptqLayout:
         self.act_order: bool = config.one_of(("desc_act",), (True, False), False)
         version = config.one_of(("checkpoint_format", "format"), ("gptq", "gptq_v2"), "gptq")
         self.zero_offset = 1 if version == "gptq" else 0
+        meta = config.raw.get("meta")
+        maker = meta.get("quantizer") if isinstance(meta, dict) else None
+        self.borrows = self.zero_offset == 1 and "gptqmodel" in str(maker).lower()
         self.title = f"GPTQ, {self.bits} bits in {groups_title(self.group_size)}"
 
     def matrix(self, parts: Parts) -> Matrix:
@@ -58,7 +65,11 @@ class GptqLayout:
 
         def spacing() -> Spacing:
             order = column_groups(parts, "g_idx", columns, groups)
-            zeros = fields(word_bytes(qzeros.array()), self.bits)[:, :rows].T.astype(np.int16) + self.zero_offset
+            words = qzeros.array()
+            if self.borrows:
+                words = words + _ONES[self.bits]
+            offset = 0 if self.borrows else self.zero_offset
+            zeros = fields(word_bytes(words), self.bits)[:, :rows].T.astype(np.int16) + offset
             return (
                 np.ascontiguousarray(floats(scales).T),
                 np.ascontiguousarray(zeros % (1 << self.bits)),  # 0, stored less one, has wrapped
