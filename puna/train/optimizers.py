@@ -56,6 +56,13 @@ def make_optimizer(
     return OPTIMIZERS[kind](parameters, betas, epsilon, weight_decay)
 
 
+def state_bytes(kind: str, numbers: int, itemsize: int) -> int:
+    """Of what ``kind`` keeps of a parameter of so many numbers of ``itemsize`` bytes."""
+    if kind == "adamw":
+        return 2 * numbers * itemsize
+    return 2 * (4 * numbers if numbers < _SMALLEST_ENCODED else numbers + 4 * -(-numbers // BLOCK))
+
+
 class AdamW:
     """torch's fused AdamW, moments in the parameters' dtype: 8 bytes a number over float32."""
 
