@@ -140,6 +140,8 @@ def _previews(prepared: Prepared) -> list[dict[str, Any]]:
 
 
 def _show(prepared: Prepared, console: Console) -> None:
+    from puna.train.recipe import RANK
+
     recipe, plan, data, estimate = prepared.recipe, prepared.plan, prepared.data, prepared.estimate
     samples = recipe.rows == "prompts"
     learnt = "expected" if samples else "learnt"
@@ -159,10 +161,13 @@ def _show(prepared: Prepared, console: Console) -> None:
             f"          {prepared.left_out_documents:,} documents are longer than {plan.length:,} tokens and left out "
             "(--length)"
         )
-    kind = {"lora": f"LoRA of rank {recipe.method.rank}", "qlora": f"QLoRA of rank {recipe.method.rank}"}
+    kind = {"lora": "LoRA", "qlora": "QLoRA"}.get(recipe.method.type)
+    what = f"{kind} of rank {recipe.method.rank or RANK}" if kind else "every weight"
+    if prepared.start is not None:
+        what += ", on from the model's adapter"
     lines += [
-        f"training  {recipe.objective_name}, {kind.get(recipe.method.type, 'every weight')}: "
-        f"{estimate.trained_parameters:,} numbers, in {plan.dtype} on {plan.device}",
+        f"training  {recipe.objective_name}, {what}: {estimate.trained_parameters:,} numbers, in {plan.dtype} on "
+        f"{plan.device}",
         f"          {plan.steps:,} steps of about {plan.step_tokens:,} tokens ({plan.epochs:g} epochs), sequences of "
         f"at most {plan.length:,}, learning rate {plan.learning_rate:g}",
         f"cost      about {human_bytes(estimate.total)} of memory ({human_bytes(estimate.available)} are free), "

@@ -18,7 +18,7 @@ from puna.model.shapes import flops_per_token, tensor_shapes
 from puna.ops.torch_weights import FLOAT_DTYPES
 from puna.tensor import quant_type
 from puna.train.losses import CHUNK_NUMBERS
-from puna.train.module import Full
+from puna.train.module import Full, is_target
 from puna.train.optimizers import state_bytes
 from puna.train.plan import Plan
 from puna.train.quantized_base import as_quantized
@@ -127,7 +127,7 @@ def _trained_sizes(recipe: Recipe, config: ModelConfig) -> list[int]:
         return [math.prod(shape) for name, shape in shapes.items() if not (frozen and frozen.search(name))]
     found = []
     for name, shape in shapes.items():
-        if len(shape) == 2 and name.endswith(".weight") and name.split(".")[-2] in method.targets:
+        if is_target(name, method.targets):
             rows, columns = shape
             found += [method.rank * columns, rows * method.rank] + [rows] * method.dora
     return found

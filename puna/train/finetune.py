@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
 
 import psutil
@@ -18,11 +19,13 @@ import torch
 
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.checkpoint.json_file import read_json, write_json
-from puna.errors import StoreError, TrainingError
+from puna.errors import TrainingError
 from puna.model.shapes import parameter_count
 from puna.ops.torch_ops import TorchOps
 from puna.store import Manifest, ModelName, ResolvedModel, Store, resolve
+from puna.tensor import Adapter
 from puna.train.assemble import Teacher, assemble, check_ranks, find_teacher, other_models
+from puna.train.continued import continued
 from puna.train.estimate import Estimate, fitted, weight_bytes
 from puna.train.module import LlamaModule
 from puna.train.parallel import ALONE, Ranks
@@ -43,7 +46,10 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can begin or, with ``begun``, go on. ``restart``: what is there of an earlier one is deleted first."""
+    """A run that can begin or, with ``begun``, go on. ``restart``: what is there of an earlier one is deleted first.
+
+    ``start`` is the adapter that is trained further, where the model has one.
+    """
 
     recipe: Recipe
     found: ResolvedModel
@@ -54,6 +60,7 @@ class Prepared:
     folder: Path
     store: Store
     teacher: Teacher | None
+    start: Adapter | None
     begun: Run | None
     restart: bool
 
@@ -77,7 +84,7 @@ class Prepared:
         return RunInputs(
             name=self.recipe.output,
             model=self.recipe.model,
-            model_digest=self.found.identity,
+            model_digest=self._model_digest,
             objective=self.recipe.objective_name,
             method=self.recipe.method.type,
             seed=self.recipe.seed,
@@ -85,6 +92,13 @@ class Prepared:
             data=tuple(source.facts() for source in self.data.sources),
             device=self.plan.device,
         )
+
+    @property
+    def _model_digest(self) -> str:
+        """Of the weights, and of the adapter that is trained further."""
+        if self.start is None:
+            return self.found.identity
+        return blake2b(f"{self.found.identity} {self.start.digest}".encode(), digest_size=32).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -128,11 +142,8 @@ def prepare(
     folder = run_folder(recipe, store)
     check_name(recipe, folder, store)
     found = resolve(recipe.model, store)
-    if found.adapters:
-        raise StoreError(
-            f"{recipe.model} is a model with an adapter; train the model that it belongs to, or a merged one"
-        )
     checkpoint = open_checkpoint(found.path)
+    recipe, start = continued(recipe, found, checkpoint.config)
     if recipe.method.layers is not None:
         checkpoint = student_of(checkpoint, recipe.method.layers)
     teacher = find_teacher(recipe, checkpoint.config, store)
@@ -150,7 +161,18 @@ def prepare(
     plan, estimate = ranks.tell(fitted(recipe, checkpoint, plan, force, ranks.count, others))
     plan.settings(recipe)
     prepared = Prepared(
-        recipe, found, checkpoint, data, plan, estimate, folder, store, teacher, begun if goes_on else None, restart
+        recipe,
+        found,
+        checkpoint,
+        data,
+        plan,
+        estimate,
+        folder,
+        store,
+        teacher,
+        start,
+        begun if goes_on else None,
+        restart,
     )
     if prepared.begun is not None:
         check_same(prepared.begun, recipe_to_toml(recipe), prepared.inputs)
@@ -229,7 +251,7 @@ def _run(
 def make_module(prepared: Prepared, ranks: Ranks = ALONE) -> LlamaModule:
     """The model as the recipe trains it. Raises TrainingError."""
     recipe, plan = prepared.recipe, prepared.plan
-    return LlamaModule(
+    module = LlamaModule(
         TorchOps(getattr(torch, plan.dtype), plan.device),
         prepared.checkpoint.config,
         QuantizedBase(prepared.checkpoint.tensors, recipe.method),
@@ -238,6 +260,9 @@ def make_module(prepared: Prepared, ranks: Ranks = ALONE) -> LlamaModule:
         seed=recipe.seed,
         ranks=ranks,
     )
+    if prepared.start is not None:
+        module.load_adapter(prepared.start)
+    return module
 
 
 def _open_folder(prepared: Prepared) -> RunFolder:
