@@ -233,12 +233,14 @@ class _LiveLine:
     def on_step(self, report: StepReport) -> None:
         """What a step found."""
         speed = report.count / max(report.seconds, 1e-9)
-        if report.validation_loss is not None:
-            self._held_out = f", held-out {report.validation_loss:.4f}"
-        reward = f"  reward {report.metrics['reward']:.3f}" if "reward" in report.metrics else ""
-        found = f"step {report.step}/{self._steps}  loss {report.loss:.4f}{self._held_out}{reward}"
+        measured = report.validation_loss if report.validation_reward is None else report.validation_reward
+        if measured is not None:
+            self._held_out = f", held-out {measured:.4f}"
+        reward = f"  reward {report.metrics['reward']:.4f}" if "reward" in report.metrics else ""
+        loss_held_out, reward_held_out = ("", self._held_out) if reward else (self._held_out, "")
+        found = f"step {report.step}/{self._steps}  loss {report.loss:.4f}{loss_held_out}{reward}{reward_held_out}"
         text = f"{found}  {speed:,.0f} learnt a second"
         if self._live:
             self._bar.update(self._task, completed=report.step, description=text)
-        elif not self._quiet and (report.step in (1, self._steps) or report.validation_loss is not None):
+        elif not self._quiet and (report.step in (1, self._steps) or measured is not None):
             self._console.print(text, soft_wrap=True)

@@ -25,7 +25,7 @@ from puna.train.plan import Plan
 from puna.train.policy import Policy
 from puna.train.prepare import PreparedData
 from puna.train.recipe import Recipe
-from puna.train.rollouts import Prompt, RolloutStream
+from puna.train.rollouts import Prompt, RolloutStream, mean_reward
 from puna.train.runs import Evaluation, Sample
 from puna.train.trainer import Stream, check_sharded, measure
 
@@ -44,12 +44,13 @@ class Teacher:
 @dataclass(frozen=True)
 class Work:
     """What the trainer takes beside the module. ``evaluate`` measures what the module has learnt by now on held-out
-    rows, and gives None where there are none."""
+    rows, and gives None where there are none; ``reward`` is of the answers to them, where a loss says little."""
 
     objective: MeasuredObjective
     stream: Stream
     validation: Sequence[Any]
     evaluate: Callable[[], Evaluation | None]
+    reward: Callable[[], float] | None = None
 
 
 def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
@@ -130,7 +131,7 @@ def assemble(
 
 
 def _rollouts(knobs: GRPO, recipe: Recipe, plan: Plan, data: PreparedData, module: LlamaModule) -> Work:
-    """Held-out prompts are answered greedily: the mean reward is what counts, and the trainer validates nothing."""
+    """Held-out prompts are answered greedily: the mean reward is what counts."""
     stream = RolloutStream(
         module,
         knobs,
@@ -140,17 +141,17 @@ def _rollouts(knobs: GRPO, recipe: Recipe, plan: Plan, data: PreparedData, modul
         length=plan.length,
         seed=recipe.seed,
     )
-    held_out = data.held_out_prompts()
+    objective, held_out = knobs.objective(module), stream.fitting(data.held_out_prompts())
+    if not held_out:
+        return Work(objective, stream, (), lambda: None)
 
-    def evaluate() -> Evaluation | None:
+    def evaluate() -> Evaluation:
         answers = stream.answered(held_out)
-        if not answers:
-            return None
         shown = answers[:SAMPLES]
         samples = _samples(data, [answer.prompt for answer in shown], [answer.text for answer in shown])
-        return Evaluation({"reward": sum(answer.reward for answer in answers) / len(answers)}, samples)
+        return Evaluation({"reward": mean_reward(answers)}, samples)
 
-    return Work(knobs.objective(module), stream, (), evaluate)
+    return Work(objective, stream, (), evaluate, lambda: mean_reward(stream.answered(held_out)))
 
 
 def _samples(data: PreparedData, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Sample, ...]:

@@ -212,7 +212,8 @@ def _run(
     shows = prepared.shows_answers and ranks.count == 1
     work = assemble(recipe, plan, data, module, prepared.teacher, prepared.folder, shows_answers=shows, ranks=ranks)
     states = prepared.folder / STATES
-    trainer = Trainer(module, work.objective, work.stream, plan.settings(recipe), states, work.validation, ranks)
+    settings = plan.settings(recipe)
+    trainer = Trainer(module, work.objective, work.stream, settings, states, work.validation, ranks, work.reward)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     before = ranks.tell(folder.record.before if folder else None)
     if data.held_out_rows and before is None:
@@ -293,6 +294,7 @@ def _numbers(report: StepReport) -> dict[str, float | None]:
         "step": report.step,
         "loss": report.loss,
         "validation_loss": report.validation_loss,
+        "validation_reward": report.validation_reward,
         "learning_rate": report.learning_rate,
         "gradient_norm": report.gradient_norm,
         "seconds": report.seconds,

@@ -122,7 +122,7 @@ class Training:
     A micro-batch is a sequence of at most ``length`` tokens into which documents are packed, or, where answers are
     compared, ``answers`` examples. A document that is longer falls to ``truncation``. ``recompute`` computes layers
     again in the backward pass, for less memory. ``keep_best``: what is saved in the end is the state of the lowest
-    held-out loss. The others are ``Settings``'.
+    held-out loss, or the highest held-out reward. The others are ``Settings``'.
     """
 
     epochs: float | None = None

@@ -26,6 +26,7 @@ from puna.train.finetune import prepare, run  # noqa: E402
 from puna.train.parallel import Ranks  # noqa: E402
 from puna.train.rollouts import prompt_of  # noqa: E402
 from puna.train.runs import Run  # noqa: E402
+from puna.train.runs.summary import overview  # noqa: E402
 from puna.train.trainer import StepReport  # noqa: E402
 
 
@@ -106,7 +107,10 @@ def test_a_reward_model_prefers_and_is_kept_in_its_folder(store: Store, tmp_path
 
 
 GRPO = {"type": "grpo", "reward": "regex", "pattern": "^He ", "group": 8, "prompts": 2, "max_tokens": 4, "beta": 0.001}
-SAMPLED: dict[str, Any] = {"objective": GRPO, "training": {"steps": 8, "learning_rate": 0.01, "save_every": 5}}
+SAMPLED: dict[str, Any] = {
+    "objective": GRPO,
+    "training": {"steps": 8, "learning_rate": 0.01, "save_every": 2, "evaluate_every": 2},
+}
 
 
 def served_reward(store: Store, name: str, prompts: Sequence[str]) -> float:
@@ -126,13 +130,18 @@ def test_answers_that_are_rewarded_become_likelier(store: Store, rows: Path) -> 
     record = Run.read(prepared.folder).record
     assert record.after.samples[0].prompt.endswith(prompts[0])
     assert record.after.samples[0].answer.startswith("He ")
-    assert len(Run.read(prepared.folder).metrics()) == 8
+    metrics = Run.read(prepared.folder).metrics()
+    measured = {row["step"]: row["validation_reward"] for row in metrics if "validation_reward" in row}
+    assert (len(metrics), list(measured)) == (8, [2, 4, 6, 8])
+    assert outcome.after == max(measured.values())
+    line = overview(Run.read(prepared.folder))
+    assert (line["reward_before"], line["reward_after"], line["loss_before"]) == (outcome.before, outcome.after, None)
 
     class Stopped(Exception):
         pass
 
     def stop(report: StepReport) -> None:
-        if report.step == 6:
+        if report.step == 7:
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -140,7 +149,7 @@ def test_answers_that_are_rewarded_become_likelier(store: Store, rows: Path) -> 
     goes_on = prepare(recipe(rows, output="cut", **SAMPLED), store)
     steps: list[int] = []
     assert run(goes_on, lambda report: steps.append(report.step)).after == outcome.after
-    assert steps == [6, 7, 8]
+    assert steps == [7, 8]
     whole, cut = (
         [(row["loss"], row["reward"]) for row in Run.read(made.folder).metrics()] for made in (prepared, goes_on)
     )

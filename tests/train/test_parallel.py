@@ -137,7 +137,7 @@ def test_sharded_states_are_kept_as_others(ranks: tuple[Path, dict[str, Any]]) -
     assert newest is not None
     assert best is not None
     assert newest.step == best.step == 6
-    assert best.validation_loss == results["full"][-1]["validation_loss"]
+    assert best.cost == results["full"][-1]["validation_loss"]
     assert {path.name for path in (folder / "full").iterdir()} == {"step-4", "step-6"}
     parts = sorted((folder / "full" / "step-6").glob("*.safetensors"))
     embedding = "model.embed_tokens.weight"
