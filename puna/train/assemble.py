@@ -83,9 +83,15 @@ def other_models(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, teacher: Te
     reference = weight_bytes(checkpoint) if trained_whole and isinstance(knobs, (DPO, IPO, KTO, GRPO)) else 0
     if not isinstance(knobs, GRPO):
         return reference
-    weights = 4 * parameter_count(config) if trained_whole or recipe.method.dora else weight_bytes(checkpoint)
     cache = knobs.prompts * knobs.group * plan.length * make_ops().kv_bytes_per_token(config, None)
-    return reference + weights + cache
+    return reference + engine_bytes(recipe, checkpoint) + cache
+
+
+def engine_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """Of the weights from which an engine answers while the model is trained: as they are in the file, beside which it
+    has the adapter, or all of them in float32."""
+    whole = recipe.method.type == "full" or recipe.method.dora
+    return 4 * parameter_count(checkpoint.config) if whole else weight_bytes(checkpoint)
 
 
 def assemble(

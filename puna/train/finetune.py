@@ -24,9 +24,9 @@ from puna.model.shapes import parameter_count
 from puna.ops.torch_ops import TorchOps
 from puna.store import Manifest, ModelName, ResolvedModel, Store, resolve
 from puna.tensor import Adapter
-from puna.train.assemble import Teacher, assemble, check_ranks, find_teacher, other_models
+from puna.train.assemble import Teacher, assemble, check_ranks, engine_bytes, find_teacher, other_models
 from puna.train.continued import continued
-from puna.train.estimate import Estimate, fitted, weight_bytes
+from puna.train.estimate import Estimate, fitted
 from puna.train.module import LlamaModule
 from puna.train.parallel import ALONE, Ranks
 from puna.train.plan import Plan, make_plan, needed_lengths
@@ -72,11 +72,10 @@ class Prepared:
 
     @property
     def shows_answers(self) -> bool:
-        """Whether answers to held-out prompts cost little: an adapter's, by an engine for which there is room."""
-        recipe, estimate = self.recipe, self.estimate
-        has_room = estimate.total + weight_bytes(self.checkpoint) <= estimate.available
-        adapts = recipe.method.type == "lora" and not recipe.method.dora
-        return recipe.rows == "documents" and adapts and self.plan.device == "cpu" and has_room
+        """Whether held-out prompts are answered before and after, by an engine for which there is room."""
+        estimate = self.estimate
+        has_room = estimate.total + engine_bytes(self.recipe, self.checkpoint) <= estimate.available
+        return self.recipe.rows == "documents" and self.plan.device == "cpu" and has_room
 
     @property
     def inputs(self) -> RunInputs:
