@@ -27,7 +27,7 @@ from puna.train.prepare import PreparedData
 from puna.train.recipe import Recipe
 from puna.train.rollouts import Prompt, RolloutStream, mean_reward
 from puna.train.runs import Evaluation, Sample
-from puna.train.trainer import Stream, check_sharded, measure
+from puna.train.trainer import Stream, measure
 
 TEACHER = "teacher"  # its cache, in the run's folder
 SAMPLES, SAMPLE_TOKENS = 2, 64  # answers in the run's page, and how long they may be
@@ -55,10 +55,7 @@ class Work:
 
 def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
     """Raises TrainingError for a recipe that one process alone can train by."""
-    if ranks.count == 1:
-        return
-    check_sharded(recipe.training.optimizer, ranks)
-    if recipe.rows == "prompts":
+    if ranks.count > 1 and recipe.rows == "prompts":
         raise TrainingError(
             f"{recipe.objective_name} samples answers by an engine that one process has, but {ranks.count} were "
             "started; start one, without torchrun"

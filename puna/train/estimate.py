@@ -83,8 +83,8 @@ def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int 
     config, method = checkpoint.config, recipe.method.trained()
     dtype = getattr(torch, plan.dtype)
     master = torch.promote_types(dtype, torch.float32).itemsize
-    sizes = _trained_sizes(recipe, config)
-    trained = sum(sizes)
+    shapes = _trained_shapes(recipe, config)
+    trained = sum(map(math.prod, shapes))
     kept, largest = _frozen(recipe, checkpoint, dtype)
     documents = {"documents": 1, "prompts": plan.answers}.get(recipe.rows, 2 * plan.answers)
     tokens = documents * plan.length
@@ -103,7 +103,7 @@ def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int 
         scratch=2 * largest,
         parameters=own,
         gradients=own,
-        optimizer=sum(state_bytes(recipe.training.optimizer, size, master) for size in sizes) // processes,
+        optimizer=sum(state_bytes(recipe.training.optimizer, shape, master) for shape in shapes) // processes,
         activations=activations,
         loss=loss,
         other_models=other_models,
@@ -118,18 +118,18 @@ def weight_bytes(checkpoint: Checkpoint) -> int:
     return sum(weight.nbytes for weight in checkpoint.tensors.values())
 
 
-def _trained_sizes(recipe: Recipe, config: ModelConfig) -> list[int]:
-    """How many numbers each trained parameter has."""
+def _trained_shapes(recipe: Recipe, config: ModelConfig) -> list[tuple[int, ...]]:
+    """Of each trained parameter."""
     method = recipe.method.trained()
     shapes = tensor_shapes(config)
     if isinstance(method, Full):
         frozen = None if method.frozen is None else re.compile(method.frozen)
-        return [math.prod(shape) for name, shape in shapes.items() if not (frozen and frozen.search(name))]
-    found = []
+        return [shape for name, shape in shapes.items() if not (frozen and frozen.search(name))]
+    found: list[tuple[int, ...]] = []
     for name, shape in shapes.items():
         if is_target(name, method.targets):
             rows, columns = shape
-            found += [method.rank * columns, rows * method.rank] + [rows] * method.dora
+            found += [(method.rank, columns), (rows, method.rank), *[(rows,)] * method.dora]
     return found
 
 

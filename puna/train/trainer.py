@@ -176,7 +176,6 @@ class Trainer:
         ranks: Ranks = ALONE,
         reward: Callable[[], float] | None = None,
     ) -> None:
-        check_sharded(settings.optimizer, ranks)
         module.shard()
         self.module, self.objective, self.stream, self.settings = module, objective, stream, settings
         self.folder, self.validation, self.ranks, self.reward = folder, validation, ranks, reward
@@ -292,13 +291,6 @@ class Trainer:
 def _cost(report: StepReport) -> float | None:
     """By which the best state is told from others."""
     return report.validation_loss if report.validation_reward is None else -report.validation_reward
-
-
-def check_sharded(optimizer: str, ranks: Ranks) -> None:
-    """Raises TrainingError for an optimizer whose state several ranks cannot share out."""
-    if ranks.count > 1 and optimizer == "adamw8bit":
-        # Its blocks of numbers with one scale do not end where the ranks' rows do.
-        raise TrainingError("several processes share out the state of adamw and not of adamw8bit; choose adamw")
 
 
 def evaluate(module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks = ALONE) -> float:

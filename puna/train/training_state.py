@@ -26,7 +26,7 @@ from puna.checkpoint.atomic import atomic_folder
 from puna.checkpoint.json_file import read_json, write_json
 from puna.checkpoint.safetensors import StoredTensor, map_safetensors, write_stored
 from puna.errors import TrainingError
-from puna.train.parallel import ALONE, Ranks, fill
+from puna.train.parallel import ALONE, Ranks, empty_rows_of, fill
 
 _STEP = re.compile(r"step-(\d+)")
 _FILE = "model.safetensors"  # of a state of one process
@@ -99,8 +99,7 @@ def shared_out(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) 
     found: dict[str, Tensor] = {}
     for name, shape in tensors.shapes.items():
         like, dtype = parameters[name.split(":")[0]], tensors.dtypes[name]
-        same = shape == tuple(like.shape)
-        found[name] = torch.empty_like(like, dtype=dtype) if same else torch.empty(shape, dtype=dtype)
+        found[name] = empty_rows_of(like, shape, dtype)
     tensors.read_into(found)
     return found
 

@@ -165,11 +165,8 @@ def test_prompts_without_room_are_refused_before_loading(store: Store, rows: Pat
 
 
 def test_several_processes_are_refused_before_loading(store: Store, rows: Path) -> None:
-    two = Ranks(0, 2)
     with pytest.raises(TrainingError, match="grpo samples answers by an engine that one process has, but 2 were"):
-        prepare(recipe(rows, objective=GRPO), store, ranks=two)
-    with pytest.raises(TrainingError, match="not of adamw8bit; choose adamw"):
-        prepare(recipe(rows, training={"optimizer": "adamw8bit"}), store, ranks=two)
+        prepare(recipe(rows, objective=GRPO), store, ranks=Ranks(0, 2))
 
 
 def test_the_prompt_is_all_before_the_last_answer(store: Store) -> None:
