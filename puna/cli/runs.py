@@ -60,7 +60,7 @@ def show(run: str, html: Path | None, as_json: bool) -> None:
         return
     record = found.record
     facts = {
-        **{name: value for name, value in overview(found).items() if not name.startswith(("steps", "loss"))},
+        **{name: value for name, value in overview(found).items() if not name.startswith(("steps", "loss", "reward"))},
         "folder": str(found.folder),
         "result": record.result,
         "error": record.error,
@@ -121,13 +121,14 @@ def rm(names: tuple[str, ...], as_json: bool) -> None:
 def _line(row: Mapping[str, Any]) -> dict[str, str]:
     from puna.train.runs.summary import shown
 
+    measure = "loss" if row["reward_before"] is None else "reward"
     return {
         "name": shown(row["name"]),
         "status": row["status"],
         "model": shown(row["model"]),
         "objective": shown(f"{row['objective']}, {row['method']}"),
         "steps": f"{row['steps']}/{row['planned_steps']}",
-        "held-out loss": f"{shown(row['loss_before'])} → {shown(row['loss_after'])}",
+        "held-out": f"{measure} {shown(row[f'{measure}_before'])} → {shown(row[f'{measure}_after'])}",
         "started": row["started"].replace("T", " ").removesuffix("Z"),
     }
 

@@ -140,6 +140,8 @@ def _previews(prepared: Prepared) -> list[dict[str, Any]]:
 
 
 def _show(prepared: Prepared, console: Console) -> None:
+    from puna.train.recipe import RANK
+
     recipe, plan, data, estimate = prepared.recipe, prepared.plan, prepared.data, prepared.estimate
     samples = recipe.rows == "prompts"
     learnt = "expected" if samples else "learnt"
@@ -159,10 +161,13 @@ def _show(prepared: Prepared, console: Console) -> None:
             f"          {prepared.left_out_documents:,} documents are longer than {plan.length:,} tokens and left out "
             "(--length)"
         )
-    kind = {"lora": f"LoRA of rank {recipe.method.rank}", "qlora": f"QLoRA of rank {recipe.method.rank}"}
+    kind = {"lora": "LoRA", "qlora": "QLoRA"}.get(recipe.method.type)
+    what = f"{kind} of rank {recipe.method.rank or RANK}" if kind else "every weight"
+    if prepared.start is not None:
+        what += ", on from the model's adapter"
     lines += [
-        f"training  {recipe.objective_name}, {kind.get(recipe.method.type, 'every weight')}: "
-        f"{estimate.trained_parameters:,} numbers, in {plan.dtype} on {plan.device}",
+        f"training  {recipe.objective_name}, {what}: {estimate.trained_parameters:,} numbers, in {plan.dtype} on "
+        f"{plan.device}",
         f"          {plan.steps:,} steps of about {plan.step_tokens:,} tokens ({plan.epochs:g} epochs), sequences of "
         f"at most {plan.length:,}, learning rate {plan.learning_rate:g}",
         f"cost      about {human_bytes(estimate.total)} of memory ({human_bytes(estimate.available)} are free), "
@@ -228,12 +233,14 @@ class _LiveLine:
     def on_step(self, report: StepReport) -> None:
         """What a step found."""
         speed = report.count / max(report.seconds, 1e-9)
-        if report.validation_loss is not None:
-            self._held_out = f", held-out {report.validation_loss:.4f}"
-        reward = f"  reward {report.metrics['reward']:.3f}" if "reward" in report.metrics else ""
-        found = f"step {report.step}/{self._steps}  loss {report.loss:.4f}{self._held_out}{reward}"
+        measured = report.validation_loss if report.validation_reward is None else report.validation_reward
+        if measured is not None:
+            self._held_out = f", held-out {measured:.4f}"
+        reward = f"  reward {report.metrics['reward']:.4f}" if "reward" in report.metrics else ""
+        loss_held_out, reward_held_out = ("", self._held_out) if reward else (self._held_out, "")
+        found = f"step {report.step}/{self._steps}  loss {report.loss:.4f}{loss_held_out}{reward}{reward_held_out}"
         text = f"{found}  {speed:,.0f} learnt a second"
         if self._live:
             self._bar.update(self._task, completed=report.step, description=text)
-        elif not self._quiet and (report.step in (1, self._steps) or report.validation_loss is not None):
+        elif not self._quiet and (report.step in (1, self._steps) or measured is not None):
             self._console.print(text, soft_wrap=True)

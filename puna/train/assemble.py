@@ -25,9 +25,9 @@ from puna.train.plan import Plan
 from puna.train.policy import Policy
 from puna.train.prepare import PreparedData
 from puna.train.recipe import Recipe
-from puna.train.rollouts import Prompt, RolloutStream
+from puna.train.rollouts import Prompt, RolloutStream, mean_reward
 from puna.train.runs import Evaluation, Sample
-from puna.train.trainer import Stream, check_sharded, measure
+from puna.train.trainer import Stream, measure
 
 TEACHER = "teacher"  # its cache, in the run's folder
 SAMPLES, SAMPLE_TOKENS = 2, 64  # answers in the run's page, and how long they may be
@@ -44,20 +44,18 @@ class Teacher:
 @dataclass(frozen=True)
 class Work:
     """What the trainer takes beside the module. ``evaluate`` measures what the module has learnt by now on held-out
-    rows, and gives None where there are none."""
+    rows, and gives None where there are none; ``reward`` is of the answers to them, where a loss says little."""
 
     objective: MeasuredObjective
     stream: Stream
     validation: Sequence[Any]
     evaluate: Callable[[], Evaluation | None]
+    reward: Callable[[], float] | None = None
 
 
 def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
     """Raises TrainingError for a recipe that one process alone can train by."""
-    if ranks.count == 1:
-        return
-    check_sharded(recipe.training.optimizer, ranks)
-    if recipe.rows == "prompts":
+    if ranks.count > 1 and recipe.rows == "prompts":
         raise TrainingError(
             f"{recipe.objective_name} samples answers by an engine that one process has, but {ranks.count} were "
             "started; start one, without torchrun"
@@ -82,9 +80,15 @@ def other_models(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, teacher: Te
     reference = weight_bytes(checkpoint) if trained_whole and isinstance(knobs, (DPO, IPO, KTO, GRPO)) else 0
     if not isinstance(knobs, GRPO):
         return reference
-    weights = 4 * parameter_count(config) if trained_whole or recipe.method.dora else weight_bytes(checkpoint)
     cache = knobs.prompts * knobs.group * plan.length * make_ops().kv_bytes_per_token(config, None)
-    return reference + weights + cache
+    return reference + engine_bytes(recipe, checkpoint) + cache
+
+
+def engine_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """Of the weights from which an engine answers while the model is trained: as they are in the file, beside which it
+    has the adapter, or all of them in float32."""
+    whole = recipe.method.type == "full" or recipe.method.dora
+    return 4 * parameter_count(checkpoint.config) if whole else weight_bytes(checkpoint)
 
 
 def assemble(
@@ -130,7 +134,7 @@ def assemble(
 
 
 def _rollouts(knobs: GRPO, recipe: Recipe, plan: Plan, data: PreparedData, module: LlamaModule) -> Work:
-    """Held-out prompts are answered greedily: the mean reward is what counts, and the trainer validates nothing."""
+    """Held-out prompts are answered greedily: the mean reward is what counts."""
     stream = RolloutStream(
         module,
         knobs,
@@ -140,17 +144,17 @@ def _rollouts(knobs: GRPO, recipe: Recipe, plan: Plan, data: PreparedData, modul
         length=plan.length,
         seed=recipe.seed,
     )
-    held_out = data.held_out_prompts()
+    objective, held_out = knobs.objective(module), stream.fitting(data.held_out_prompts())
+    if not held_out:
+        return Work(objective, stream, (), lambda: None)
 
-    def evaluate() -> Evaluation | None:
+    def evaluate() -> Evaluation:
         answers = stream.answered(held_out)
-        if not answers:
-            return None
         shown = answers[:SAMPLES]
         samples = _samples(data, [answer.prompt for answer in shown], [answer.text for answer in shown])
-        return Evaluation({"reward": sum(answer.reward for answer in answers) / len(answers)}, samples)
+        return Evaluation({"reward": mean_reward(answers)}, samples)
 
-    return Work(knobs.objective(module), stream, (), evaluate)
+    return Work(objective, stream, (), evaluate, lambda: mean_reward(stream.answered(held_out)))
 
 
 def _samples(data: PreparedData, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Sample, ...]:

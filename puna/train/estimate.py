@@ -18,7 +18,8 @@ from puna.model.shapes import flops_per_token, tensor_shapes
 from puna.ops.torch_weights import FLOAT_DTYPES
 from puna.tensor import quant_type
 from puna.train.losses import CHUNK_NUMBERS
-from puna.train.module import Full
+from puna.train.module import Full, is_target
+from puna.train.optimizers import state_bytes
 from puna.train.plan import Plan
 from puna.train.quantized_base import as_quantized
 from puna.train.recipe import Recipe
@@ -82,7 +83,8 @@ def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int 
     config, method = checkpoint.config, recipe.method.trained()
     dtype = getattr(torch, plan.dtype)
     master = torch.promote_types(dtype, torch.float32).itemsize
-    trained = trained_parameters(recipe, config)
+    shapes = _trained_shapes(recipe, config)
+    trained = sum(map(math.prod, shapes))
     kept, largest = _frozen(recipe, checkpoint, dtype)
     documents = {"documents": 1, "prompts": plan.answers}.get(recipe.rows, 2 * plan.answers)
     tokens = documents * plan.length
@@ -101,7 +103,7 @@ def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int 
         scratch=2 * largest,
         parameters=own,
         gradients=own,
-        optimizer=2 * own,
+        optimizer=sum(state_bytes(recipe.training.optimizer, shape, master) for shape in shapes) // processes,
         activations=activations,
         loss=loss,
         other_models=other_models,
@@ -116,19 +118,19 @@ def weight_bytes(checkpoint: Checkpoint) -> int:
     return sum(weight.nbytes for weight in checkpoint.tensors.values())
 
 
-def trained_parameters(recipe: Recipe, config: ModelConfig) -> int:
-    """How many numbers are trained."""
+def _trained_shapes(recipe: Recipe, config: ModelConfig) -> list[tuple[int, ...]]:
+    """Of each trained parameter."""
     method = recipe.method.trained()
     shapes = tensor_shapes(config)
     if isinstance(method, Full):
         frozen = None if method.frozen is None else re.compile(method.frozen)
-        return sum(math.prod(shape) for name, shape in shapes.items() if not (frozen and frozen.search(name)))
-    adapted = [
-        shape
-        for name, shape in shapes.items()
-        if len(shape) == 2 and name.endswith(".weight") and name.split(".")[-2] in method.targets
-    ]
-    return sum(method.rank * (rows + columns) + (rows if method.dora else 0) for rows, columns in adapted)
+        return [shape for name, shape in shapes.items() if not (frozen and frozen.search(name))]
+    found: list[tuple[int, ...]] = []
+    for name, shape in shapes.items():
+        if is_target(name, method.targets):
+            rows, columns = shape
+            found += [(method.rank, columns), (rows, method.rank), *[(rows,)] * method.dora]
+    return found
 
 
 def _frozen(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
 
 import psutil
@@ -18,12 +19,14 @@ import torch
 
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.checkpoint.json_file import read_json, write_json
-from puna.errors import StoreError, TrainingError
+from puna.errors import TrainingError
 from puna.model.shapes import parameter_count
 from puna.ops.torch_ops import TorchOps
 from puna.store import Manifest, ModelName, ResolvedModel, Store, resolve
-from puna.train.assemble import Teacher, assemble, check_ranks, find_teacher, other_models
-from puna.train.estimate import Estimate, fitted, weight_bytes
+from puna.tensor import Adapter
+from puna.train.assemble import Teacher, assemble, check_ranks, engine_bytes, find_teacher, other_models
+from puna.train.continued import continued
+from puna.train.estimate import Estimate, fitted
 from puna.train.module import LlamaModule
 from puna.train.parallel import ALONE, Ranks
 from puna.train.plan import Plan, make_plan, needed_lengths
@@ -43,7 +46,10 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can begin or, with ``begun``, go on. ``restart``: what is there of an earlier one is deleted first."""
+    """A run that can begin or, with ``begun``, go on. ``restart``: what is there of an earlier one is deleted first.
+
+    ``start`` is the adapter that is trained further, where the model has one.
+    """
 
     recipe: Recipe
     found: ResolvedModel
@@ -54,6 +60,7 @@ class Prepared:
     folder: Path
     store: Store
     teacher: Teacher | None
+    start: Adapter | None
     begun: Run | None
     restart: bool
 
@@ -65,11 +72,10 @@ class Prepared:
 
     @property
     def shows_answers(self) -> bool:
-        """Whether answers to held-out prompts cost little: an adapter's, by an engine for which there is room."""
-        recipe, estimate = self.recipe, self.estimate
-        has_room = estimate.total + weight_bytes(self.checkpoint) <= estimate.available
-        adapts = recipe.method.type == "lora" and not recipe.method.dora
-        return recipe.rows == "documents" and adapts and self.plan.device == "cpu" and has_room
+        """Whether held-out prompts are answered before and after, by an engine for which there is room."""
+        estimate = self.estimate
+        has_room = estimate.total + engine_bytes(self.recipe, self.checkpoint) <= estimate.available
+        return self.recipe.rows == "documents" and self.plan.device == "cpu" and has_room
 
     @property
     def inputs(self) -> RunInputs:
@@ -77,7 +83,7 @@ class Prepared:
         return RunInputs(
             name=self.recipe.output,
             model=self.recipe.model,
-            model_digest=self.found.identity,
+            model_digest=self._model_digest,
             objective=self.recipe.objective_name,
             method=self.recipe.method.type,
             seed=self.recipe.seed,
@@ -85,6 +91,13 @@ class Prepared:
             data=tuple(source.facts() for source in self.data.sources),
             device=self.plan.device,
         )
+
+    @property
+    def _model_digest(self) -> str:
+        """Of the weights, and of the adapter that is trained further."""
+        if self.start is None:
+            return self.found.identity
+        return blake2b(f"{self.found.identity} {self.start.digest}".encode(), digest_size=32).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -128,11 +141,8 @@ def prepare(
     folder = run_folder(recipe, store)
     check_name(recipe, folder, store)
     found = resolve(recipe.model, store)
-    if found.adapters:
-        raise StoreError(
-            f"{recipe.model} is a model with an adapter; train the model that it belongs to, or a merged one"
-        )
     checkpoint = open_checkpoint(found.path)
+    recipe, start = continued(recipe, found, checkpoint.config)
     if recipe.method.layers is not None:
         checkpoint = student_of(checkpoint, recipe.method.layers)
     teacher = find_teacher(recipe, checkpoint.config, store)
@@ -150,7 +160,18 @@ def prepare(
     plan, estimate = ranks.tell(fitted(recipe, checkpoint, plan, force, ranks.count, others))
     plan.settings(recipe)
     prepared = Prepared(
-        recipe, found, checkpoint, data, plan, estimate, folder, store, teacher, begun if goes_on else None, restart
+        recipe,
+        found,
+        checkpoint,
+        data,
+        plan,
+        estimate,
+        folder,
+        store,
+        teacher,
+        start,
+        begun if goes_on else None,
+        restart,
     )
     if prepared.begun is not None:
         check_same(prepared.begun, recipe_to_toml(recipe), prepared.inputs)
@@ -190,7 +211,8 @@ def _run(
     shows = prepared.shows_answers and ranks.count == 1
     work = assemble(recipe, plan, data, module, prepared.teacher, prepared.folder, shows_answers=shows, ranks=ranks)
     states = prepared.folder / STATES
-    trainer = Trainer(module, work.objective, work.stream, plan.settings(recipe), states, work.validation, ranks)
+    settings = plan.settings(recipe)
+    trainer = Trainer(module, work.objective, work.stream, settings, states, work.validation, ranks, work.reward)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     before = ranks.tell(folder.record.before if folder else None)
     if data.held_out_rows and before is None:
@@ -229,7 +251,7 @@ def _run(
 def make_module(prepared: Prepared, ranks: Ranks = ALONE) -> LlamaModule:
     """The model as the recipe trains it. Raises TrainingError."""
     recipe, plan = prepared.recipe, prepared.plan
-    return LlamaModule(
+    module = LlamaModule(
         TorchOps(getattr(torch, plan.dtype), plan.device),
         prepared.checkpoint.config,
         QuantizedBase(prepared.checkpoint.tensors, recipe.method),
@@ -238,6 +260,9 @@ def make_module(prepared: Prepared, ranks: Ranks = ALONE) -> LlamaModule:
         seed=recipe.seed,
         ranks=ranks,
     )
+    if prepared.start is not None:
+        module.load_adapter(prepared.start)
+    return module
 
 
 def _open_folder(prepared: Prepared) -> RunFolder:
@@ -268,6 +293,7 @@ def _numbers(report: StepReport) -> dict[str, float | None]:
         "step": report.step,
         "loss": report.loss,
         "validation_loss": report.validation_loss,
+        "validation_reward": report.validation_reward,
         "learning_rate": report.learning_rate,
         "gradient_norm": report.gradient_norm,
         "seconds": report.seconds,

@@ -100,8 +100,9 @@ class LlamaModule(nn.Module):
         self._encoded: dict[str, EncodedMatrix] = {}
         self._tensors, self._names, self._ranks = tensors, tuple(tensors), ranks
         self._unchanged = False
+        self._start: dict[str, tuple[Tensor, Tensor]] = {}  # A and B of what training began with, where it is not 0
         targets = method.targets if isinstance(method, LoRA) else ()
-        self.adapted = tuple(name for name in self._names if _is_target(name, targets))
+        self.adapted = tuple(name for name in self._names if is_target(name, targets))
         generator = torch.Generator().manual_seed(seed)
         self._layers = [_Layer() for _ in range(config.num_hidden_layers)]
         for number, layer in enumerate(self._layers):
@@ -158,7 +159,8 @@ class LlamaModule(nn.Module):
         }
 
     def load_adapter(self, adapter: Adapter) -> None:
-        """Go on from an adapter. Raises TrainingError unless it changes the same matrices at the same ranks."""
+        """Begin training with an adapter, which counts as unchanged. Raises TrainingError unless it changes the same
+        matrices at the same ranks."""
         if set(adapter.changes) != set(self.adapted):
             raise TrainingError("the adapter changes other matrices than the recipe trains; make their targets agree")
         for name, change in adapter.changes.items():
@@ -166,8 +168,11 @@ class LlamaModule(nn.Module):
             assert isinstance(w, LowRankMatrix)
             if change.rank != len(w.a):
                 raise TrainingError(f"{name}: the adapter has rank {change.rank}, but the recipe has {len(w.a)}")
-            fill(w.a, torch.from_numpy(change.a))
-            fill(w.b, torch.from_numpy(change.b * np.float32(change.scale / w.scale)))
+            values = change.a, change.b * np.float32(change.scale / w.scale)
+            a, b = (torch.from_numpy(each).to(self.ops.device, self._master) for each in values)
+            fill(w.a, a)
+            fill(w.b, b)
+            self._start[name] = a, b
 
     @property
     def tensors(self) -> Mapping[str, Weight]:
@@ -176,7 +181,7 @@ class LlamaModule(nn.Module):
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Within, what LoRA has changed is switched off: the module computes what it did before training."""
+        """Within, what LoRA has learnt is switched off: the module computes what it did before training."""
         self._unchanged = True
         try:
             yield
@@ -259,8 +264,10 @@ class LlamaModule(nn.Module):
 
     def _matrix(self, name: str) -> Matrix:
         base = self._base(name)
-        if not isinstance(self.method, LoRA) or name not in self.adapted or self._unchanged:
+        if not isinstance(self.method, LoRA) or name not in self.adapted:
             return base
+        if self._unchanged:
+            return LowRankMatrix(base, *self._start[name], self.method.scale) if self._start else base
         method, module = self.method, self.get_submodule(name.removesuffix(".weight"))
         return LowRankMatrix(
             base,
@@ -303,7 +310,8 @@ class _Trained(Mapping[str, Weight]):
         return len(self._module._names)
 
 
-def _is_target(name: str, targets: tuple[str, ...]) -> bool:
+def is_target(name: str, targets: tuple[str, ...]) -> bool:
+    """Whether a tensor of this name is a matrix that LoRA with these targets changes."""
     return name.endswith(".weight") and name.split(".")[-2] in targets
 
 

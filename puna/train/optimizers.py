@@ -8,7 +8,7 @@ blocks, ``NAME:mean_scale`` and ``NAME:variance_scale``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from puna.errors import TrainingError
+from puna.train.parallel import as_rows_of, own_rows
 
-BLOCK = 256  # numbers that share a scale
-_SMALLEST_ENCODED = 4096  # smaller parameters keep moments of 32 bits: they take no memory, and norms are delicate
+BLOCK = 256  # numbers of a row that share a scale, at most
+_SMALLEST_ENCODED = 4096  # smaller matrices keep moments of 32 bits: they take no memory, and norms are delicate
 _CHUNK = 1 << 16  # numbers that are worked on at once: what is decoded of them stays in the cache
 
 
@@ -54,6 +55,14 @@ def make_optimizer(
     if kind not in OPTIMIZERS:
         raise TrainingError(f"unknown optimizer {kind!r}; there are {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[kind](parameters, betas, epsilon, weight_decay)
+
+
+def state_bytes(kind: str, shape: Sequence[int], itemsize: int) -> int:
+    """Of what ``kind`` keeps of a parameter of this shape, whose numbers have ``itemsize`` bytes."""
+    numbers = math.prod(shape)
+    if kind == "adamw":
+        return 2 * numbers * itemsize
+    return 2 * (numbers + 4 * shape[0] * _block_count(shape[1]) if _is_encoded(shape) else 4 * numbers)
 
 
 class AdamW:
@@ -96,7 +105,8 @@ class AdamW:
 class AdamW8Bit:
     """AdamW whose moments are kept in 8 bits: 2.03 bytes a number. Parameters and arithmetic stay as wide as they are.
 
-    Moments of parameters with fewer than 4096 numbers are float32.
+    Numbers that share a scale are of one row, so that rows can be shared out. Moments of vectors, and of matrices with
+    fewer than 4096 numbers, are float32.
     """
 
     def __init__(
@@ -113,12 +123,15 @@ class AdamW8Bit:
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
+            values, gradient = own_rows(parameter), own_rows(parameter.grad)
             if name not in self._moments:
-                self._moments[name] = (_Moment.zeros(parameter, _SIGNED), _Moment.zeros(parameter, _UNSIGNED))
-            # Views: parameters are contiguous, and a gradient that is not is copied.
-            values, gradient = parameter.view(-1), parameter.grad.reshape(-1)
+                encoded = _is_encoded(parameter.shape)
+                self._moments[name] = (
+                    _Moment.zeros(values, _SIGNED, encoded),
+                    _Moment.zeros(values, _UNSIGNED, encoded),
+                )
             decay = rate * self._weight_decay if parameter.ndim > 1 else 0.0
-            for chunk in _chunks(len(values)):
+            for chunk in _chunks(values):
                 self._update(values[chunk], gradient[chunk].float(), self._moments[name], chunk, rate, decay)
 
     def zero_grad(self) -> None:
@@ -129,22 +142,23 @@ class AdamW8Bit:
         found: dict[str, Tensor] = {}
         for name, moments in self._moments.items():
             for key, moment in zip(("mean", "variance"), moments, strict=True):
-                found[f"{name}:{key}"] = moment.values.view(self._parameters[name].shape)
+                parameter = self._parameters[name]
+                found[f"{name}:{key}"] = as_rows_of(parameter, moment.values)
                 if moment.scales is not None:
-                    found[f"{name}:{key}_scale"] = moment.scales
+                    found[f"{name}:{key}_scale"] = as_rows_of(parameter, moment.scales)
         return found
 
     def restore(self, steps: int, state: Mapping[str, Tensor]) -> None:
         self._steps = steps
         for name, parameter in self._parameters.items():
-            encoded = parameter.numel() >= _SMALLEST_ENCODED
+            encoded = _is_encoded(parameter.shape)
             dtype = torch.uint8 if encoded else torch.float32
             found = []
             for key, code in (("mean", _SIGNED), ("variance", _UNSIGNED)):
-                values = _stored(state, f"{name}:{key}", parameter, parameter.shape, dtype).view(-1)
-                blocks, scales = torch.Size([-(-parameter.numel() // BLOCK)]), None
+                values, scales = own_rows(_stored(state, f"{name}:{key}", parameter, parameter.shape, dtype)), None
                 if encoded:
-                    scales = _stored(state, f"{name}:{key}_scale", parameter, blocks, torch.float32)
+                    shape = torch.Size([parameter.shape[0], _block_count(parameter.shape[1])])
+                    scales = own_rows(_stored(state, f"{name}:{key}_scale", parameter, shape, torch.float32))
                 found.append(_Moment(values, scales, code))
             self._moments[name] = (found[0], found[1])
 
@@ -173,31 +187,30 @@ OPTIMIZERS: dict[str, type[AdamW] | type[AdamW8Bit]] = {"adamw": AdamW, "adamw8b
 
 @dataclass(frozen=True)
 class _Moment:
-    """uint8 codes with a scale for each block of BLOCK numbers, or plain float32 numbers, flat."""
+    """Of this process's rows: uint8 codes with a scale for each block of a row, or plain float32 numbers."""
 
     values: Tensor
     scales: Tensor | None
     code: DynamicCode
 
     @classmethod
-    def zeros(cls, parameter: Tensor, code: DynamicCode) -> _Moment:
-        count, device = parameter.numel(), parameter.device
-        if count < _SMALLEST_ENCODED:
-            return cls(torch.zeros(count, device=device), None, code)
-        codes = torch.full((count,), code.zero, dtype=torch.uint8, device=device)
-        return cls(codes, torch.zeros(-(-count // BLOCK), device=device), code)
+    def zeros(cls, rows: Tensor, code: DynamicCode, encoded: bool) -> _Moment:
+        if not encoded:
+            return cls(torch.zeros_like(rows, dtype=torch.float32), None, code)
+        scales = torch.zeros(len(rows), _block_count(rows.shape[1]), device=rows.device)
+        return cls(torch.full_like(rows, code.zero, dtype=torch.uint8), scales, code)
 
     def read(self, chunk: slice) -> Tensor:
         """A copy in float32."""
         if self.scales is None:
             return self.values[chunk].clone()
-        return self.code.decode(self.values[chunk], self.scales[_blocks(chunk)])
+        return self.code.decode(self.values[chunk], self.scales[chunk])
 
     def write(self, chunk: slice, numbers: Tensor) -> None:
         if self.scales is None:
             self.values[chunk] = numbers
         else:
-            self.values[chunk], self.scales[_blocks(chunk)] = self.code.encode(numbers)
+            self.values[chunk], self.scales[chunk] = self.code.encode(numbers)
 
 
 class DynamicCode:
@@ -228,21 +241,23 @@ class DynamicCode:
         self._signed = signed
 
     def encode(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """float32[n] -> codes uint8[n] and the scales of blocks, float32[⌈n / BLOCK⌉]."""
+        """float32[rows, n] -> codes uint8[rows, n] and the scales of blocks, float32[rows, ⌈n / BLOCK⌉]."""
         blocks = _in_blocks(numbers)
-        scales = blocks.abs().amax(1)
+        scales = blocks.abs().amax(2)
         # A block of zeros is divided by the smallest float32 rather than by 0.
-        scaled = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        scaled = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
         cells = scaled.abs().view(torch.int32).bitwise_right_shift_(_SHIFT)
         cells = cells.clamp_(_FIRST_CELL, _LAST_CELL).sub_(_FIRST_CELL)
         if self._signed:
             cells.add_(torch.signbit(scaled), alpha=_LAST_CELL + 1 - _FIRST_CELL)
-        return self._codes.to(numbers.device).index_select(0, cells.view(-1)[: len(numbers)]), scales
+        codes = self._codes.to(numbers.device).index_select(0, cells.view(-1))
+        return codes.view(len(numbers), -1)[:, : numbers.shape[1]], scales
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """What ``encode`` made, as float32[n]."""
-        numbers = self.values.to(codes.device).index_select(0, codes.int())
-        return _in_blocks(numbers).mul_(scales[:, None]).view(-1)[: len(codes)]
+        """What ``encode`` made, as float32[rows, n]."""
+        numbers = self.values.to(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        scaled = _in_blocks(numbers).mul_(scales[..., None])
+        return scaled.view(len(codes), -1)[:, : codes.shape[1]]
 
 
 _SHIFT = 13
@@ -250,18 +265,27 @@ _FIRST_CELL, _LAST_CELL = 0x34000000 >> _SHIFT, 0x3F800000 >> _SHIFT  # those of
 _SIGNED, _UNSIGNED = DynamicCode(signed=True), DynamicCode(signed=False)
 
 
+def _is_encoded(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and math.prod(shape) >= _SMALLEST_ENCODED
+
+
+def _block_count(columns: int) -> int:
+    """How many blocks a row has."""
+    return -(-columns // BLOCK)
+
+
 def _in_blocks(numbers: Tensor) -> Tensor:
-    """[n] -> [blocks, BLOCK], with zeros behind the end of the last block."""
-    missing = -len(numbers) % BLOCK
-    return (F.pad(numbers, (0, missing)) if missing else numbers).view(-1, BLOCK)
+    """[rows, n] -> [rows, blocks, size]: a row's blocks are as long as each other, with zeros behind the last one."""
+    rows, columns = numbers.shape
+    blocks = _block_count(columns)
+    missing = -columns % blocks
+    return (F.pad(numbers, (0, missing)) if missing else numbers).view(rows, blocks, (columns + missing) // blocks)
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
-
-
-def _blocks(chunk: slice) -> slice:
-    return slice(chunk.start // BLOCK, -(-chunk.stop // BLOCK))
+def _chunks(values: Tensor) -> Iterator[slice]:
+    """Some rows at a time."""
+    step = max(1, _CHUNK * len(values) // max(1, values.numel()))
+    return (slice(start, start + step) for start in range(0, len(values), step))
 
 
 def _stored(state: Mapping[str, Tensor], name: str, parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

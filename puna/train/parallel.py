@@ -161,6 +161,27 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_rows(tensor: Tensor) -> Tensor:
+    """What of it lies in this process, without a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
+    """``rows`` of every process as one tensor, sharded as ``tensor`` is, whose rows may have other lengths."""
+    if not isinstance(tensor, DTensor):
+        return rows
+    shape = torch.Size([len(tensor), *rows.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+
+def empty_rows_of(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """One of this shape to be filled, sharded as ``tensor`` is if it has as many rows."""
+    if not isinstance(tensor, DTensor) or len(tensor) != shape[0]:
+        return torch.empty(tuple(shape), dtype=dtype, device=tensor.device)
+    return as_rows_of(tensor, torch.empty(len(tensor.to_local()), *shape[1:], dtype=dtype, device=tensor.device))
+
+
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Put values in it; a sharded one takes its own rows of them."""
     values = values.to(tensor.device, tensor.dtype)

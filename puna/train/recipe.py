@@ -29,6 +29,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+RANK = 16  # of LoRA, if nothing else is said
 _LORA_ONLY = ("rank", "alpha", "targets", "dropout", "rank_stabilised", "dora")
 
 
@@ -64,16 +65,17 @@ class Method:
 
     ``lora``: low-rank changes over the model as it is, quantized or not (``LoRA``). ``qlora``: the same, but matrices
     of floats are kept in memory as ``base_type``. ``full``: every weight but those whose names the regular expression
-    ``frozen`` finds.
+    ``frozen`` finds. Of a model with an adapter, that is what is trained; ``rank``, ``targets`` and ``alpha`` are then
+    its own (puna/train/continued.py), else 16, all linear layers, and twice the rank.
 
     With ``layers`` the model keeps only these of its layers, in this order, and what is made is a smaller model of its
     own (puna/train/student.py).
     """
 
     type: Literal["lora", "qlora", "full"] = "lora"
-    rank: int = 16
+    rank: int | None = None
     alpha: float | None = None
-    targets: tuple[str, ...] = LINEAR_LAYERS
+    targets: tuple[str, ...] | None = None
     dropout: float = 0.0
     rank_stabilised: bool = False
     dora: bool = False
@@ -107,8 +109,10 @@ class Method:
         """As the module takes it. Raises TrainingError."""
         if self.type == "full":
             return Full(self.frozen)
-        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
-        return LoRA(self.rank, alpha, self.targets, self.dropout, self.rank_stabilised, self.dora)
+        rank = RANK if self.rank is None else self.rank
+        alpha = 2.0 * rank if self.alpha is None else self.alpha
+        targets = LINEAR_LAYERS if self.targets is None else self.targets
+        return LoRA(rank, alpha, targets, self.dropout, self.rank_stabilised, self.dora)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Training:
     A micro-batch is a sequence of at most ``length`` tokens into which documents are packed, or, where answers are
     compared, ``answers`` examples. A document that is longer falls to ``truncation``. ``recompute`` computes layers
     again in the backward pass, for less memory. ``keep_best``: what is saved in the end is the state of the lowest
-    held-out loss. The others are ``Settings``'.
+    held-out loss, or the highest held-out reward. The others are ``Settings``'.
     """
 
     epochs: float | None = None

@@ -43,6 +43,11 @@ class Answered:
     reward: float
 
 
+def mean_reward(answers: Sequence[Answered]) -> float:
+    """Of at least one answer."""
+    return sum(answer.reward for answer in answers) / len(answers)
+
+
 def prompt_of(renderer: Renderer, example: Example) -> Prompt:
     """An example's last answer is what is expected, and all before it the prompt. Raises DataError for preferences."""
     if not isinstance(example, (Conversation, Continuation)):
@@ -95,12 +100,15 @@ class RolloutStream:
             self._pending = self._sample() * self._knobs.updates
         return self._pending.pop(0)
 
+    def fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Those that leave room for an answer."""
+        return [prompt for prompt in prompts if self._has_room(prompt)]
+
     def answered(self, prompts: Sequence[Prompt]) -> list[Answered]:
-        """The module's most probable answers, now, to those of the prompts that leave room, with their rewards."""
-        fitting = [prompt for prompt in prompts if self._has_room(prompt)]
-        texts = self._policy.greedy([p.ids for p in fitting], self._tokenizer, self._knobs.max_tokens)
+        """The module's most probable answers, now, to prompts that leave room, with their rewards."""
+        texts = self._policy.greedy([p.ids for p in prompts], self._tokenizer, self._knobs.max_tokens)
         return [
-            Answered(p, text, float(self._reward(text, p.expected))) for p, text in zip(fitting, texts, strict=True)
+            Answered(p, text, float(self._reward(text, p.expected))) for p, text in zip(prompts, texts, strict=True)
         ]
 
     def state(self) -> dict[str, Any]:

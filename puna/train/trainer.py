@@ -98,7 +98,7 @@ class Settings:
     The learning rate rises over ``warmup`` steps and falls along a cosine to ``final_rate`` of itself at ``steps``
     (Loshchilov & Hutter 2016). A step takes ``accumulate`` micro-batches. Gradients longer than ``clip`` are shortened
     to it. AdamW decays matrices only (Loshchilov & Hutter 2017). Every ``save_every`` steps, and at the end, the state
-    is saved; the newest ``keep`` are kept, and the best by validation, which happens every ``evaluate_every`` steps.
+    is saved; the newest ``keep`` are kept, and the best by held-out rows, measured every ``evaluate_every`` steps.
     """
 
     steps: int
@@ -141,6 +141,7 @@ class Settings:
 class StepReport:
     """One step, numbered from 1: its mean loss, of how many things, and the length of the gradient before clipping.
 
+    ``validation_loss`` or ``validation_reward`` are of held-out rows, where they were measured after the step.
     ``metrics`` are what the objective measures, ``seconds`` how long the step took, its data included.
     """
 
@@ -150,6 +151,7 @@ class StepReport:
     learning_rate: float
     gradient_norm: float
     validation_loss: float | None = None
+    validation_reward: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = field(default=0.0, compare=False)
 
@@ -159,7 +161,8 @@ class Trainer:
 
     ``run`` goes on from the newest state in the folder. Raises TrainingError when that is of another module. Over
     several ``ranks``, whose module was made with them, each takes its share of a step's micro-batches; all of them read
-    the whole stream, and only the first reports.
+    the whole stream, and only the first reports. Where a loss says little, ``reward`` measures the module in place of
+    ``validation``: the best state is then that of the highest.
     """
 
     def __init__(
@@ -171,11 +174,11 @@ class Trainer:
         folder: Path,
         validation: Sequence[Any] = (),
         ranks: Ranks = ALONE,
+        reward: Callable[[], float] | None = None,
     ) -> None:
-        check_sharded(settings.optimizer, ranks)
         module.shard()
         self.module, self.objective, self.stream, self.settings = module, objective, stream, settings
-        self.folder, self.validation, self.ranks = folder, validation, ranks
+        self.folder, self.validation, self.ranks, self.reward = folder, validation, ranks, reward
         self.step = 0
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._optimizer = make_optimizer(
@@ -202,13 +205,11 @@ class Trainer:
             report = self._train(micro_batches)
             report = dataclasses.replace(report, seconds=time.perf_counter() - started)
             last = self.step == self.settings.steps
-            if self.validation and (last or self.step % self.settings.evaluate_every == 0):
-                measured = measure(self.module, self.objective, self.validation, self.ranks)
-                loss = measured.pop("loss")
-                report = dataclasses.replace(report, validation_loss=loss, metrics={**report.metrics, **measured})
+            if last or self.step % self.settings.evaluate_every == 0:
+                report = self._validated(report)
             ended = self.ranks.tell(self.ranks.first and on_step(report) is True)
             if ended or last or self.step % self.settings.save_every == 0:
-                self._save(report.validation_loss)
+                self._save(_cost(report))
                 saved = self.step
         if saved < self.step:
             self._save(None)
@@ -236,6 +237,15 @@ class Trainer:
         self.step += 1
         return StepReport(self.step, loss, count, rate, norm, metrics=metrics)
 
+    def _validated(self, report: StepReport) -> StepReport:
+        if self.reward is not None:
+            return dataclasses.replace(report, validation_reward=self.reward())
+        if not self.validation:
+            return report
+        measured = measure(self.module, self.objective, self.validation, self.ranks)
+        loss = measured.pop("loss")
+        return dataclasses.replace(report, validation_loss=loss, metrics={**report.metrics, **measured})
+
     def _failure(self, micro_batches: Sequence[Any], loss: float, norm: float) -> TrainingError:
         """Keeps all arrays of the micro-batches for study."""
         self._optimizer.zero_grad()
@@ -254,9 +264,9 @@ class Trainer:
             f"its data lies in {path}. Try a lower learning rate or a longer warmup, or look for damaged data"
         )
 
-    def _save(self, validation_loss: float | None) -> None:
+    def _save(self, cost: float | None) -> None:
         tensors = {name: parameter.detach() for name, parameter in self._parameters.items()} | self._optimizer.state()
-        state = TrainingState(self.step, self.stream.state(), validation_loss, tensors)
+        state = TrainingState(self.step, self.stream.state(), cost, tensors)
         save_state(self.folder, state, self.settings.keep, self.ranks)
 
     def _resume(self) -> None:
@@ -278,11 +288,9 @@ class Trainer:
         self.step = state.step
 
 
-def check_sharded(optimizer: str, ranks: Ranks) -> None:
-    """Raises TrainingError for an optimizer whose state several ranks cannot share out."""
-    if ranks.count > 1 and optimizer == "adamw8bit":
-        # Its blocks of numbers with one scale do not end where the ranks' rows do.
-        raise TrainingError("several processes share out the state of adamw and not of adamw8bit; choose adamw")
+def _cost(report: StepReport) -> float | None:
+    """By which the best state is told from others."""
+    return report.validation_loss if report.validation_reward is None else -report.validation_reward
 
 
 def evaluate(module: LlamaModule, objective: Objective, micro_batches: Sequence[Any], ranks: Ranks = ALONE) -> float:

@@ -26,7 +26,7 @@ from puna.checkpoint.atomic import atomic_folder
 from puna.checkpoint.json_file import read_json, write_json
 from puna.checkpoint.safetensors import StoredTensor, map_safetensors, write_stored
 from puna.errors import TrainingError
-from puna.train.parallel import ALONE, Ranks, fill
+from puna.train.parallel import ALONE, Ranks, empty_rows_of, fill
 
 _STEP = re.compile(r"step-(\d+)")
 _FILE = "model.safetensors"  # of a state of one process
@@ -36,12 +36,14 @@ _FILE = "model.safetensors"  # of a state of one process
 class TrainingState:
     """After ``step`` steps: where the stream of data is, and all tensors that training changes.
 
+    ``cost`` is the held-out rows' loss, or minus their reward; None where they were not measured.
+
     ``tensors`` of a state on disk are whole, read when they are asked for; of one to be saved they may be sharded.
     """
 
     step: int
     stream: dict[str, Any]
-    validation_loss: float | None
+    cost: float | None
     tensors: Mapping[str, Tensor]
 
 
@@ -53,7 +55,7 @@ def save_state(folder: Path, state: TrainingState, keep: int, ranks: Ranks = ALO
     if ranks.first:
         with atomic_folder(folder / f"step-{state.step}") as temporary:
             _write_tensors(Path(ranks.tell(str(temporary))), state.tensors, ranks)
-            raw = {"step": state.step, "stream": state.stream, "validation_loss": state.validation_loss}
+            raw = {"step": state.step, "stream": state.stream, "cost": state.cost}
             write_json(temporary / "state.json", raw)
         _rotate(folder, keep)
     else:
@@ -73,7 +75,7 @@ def newest_state(folder: Path) -> TrainingState | None:
 
 
 def best_state(folder: Path) -> TrainingState | None:
-    """The state of the lowest validation loss; None where none was validated."""
+    """The state of the lowest cost, of equal ones the last; None where none was measured."""
     step = _best(folder)
     return None if step is None else _read(folder / f"step-{step}")
 
@@ -97,8 +99,7 @@ def shared_out(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) 
     found: dict[str, Tensor] = {}
     for name, shape in tensors.shapes.items():
         like, dtype = parameters[name.split(":")[0]], tensors.dtypes[name]
-        same = shape == tuple(like.shape)
-        found[name] = torch.empty_like(like, dtype=dtype) if same else torch.empty(shape, dtype=dtype)
+        found[name] = empty_rows_of(like, shape, dtype)
     tensors.read_into(found)
     return found
 
@@ -178,7 +179,7 @@ def _read(path: Path) -> TrainingState:
     if not isinstance(raw.get("step"), int) or not isinstance(raw.get("stream"), dict):
         raise TrainingError(f"{path / 'state.json'} is damaged; delete {path} to continue from an earlier state")
     tensors = _OneFile(path / _FILE) if (path / _FILE).exists() else _Shards(path)
-    return TrainingState(raw["step"], raw["stream"], raw.get("validation_loss"), tensors)
+    return TrainingState(raw["step"], raw["stream"], raw.get("cost"), tensors)
 
 
 def _rotate(folder: Path, keep: int) -> None:
@@ -193,9 +194,9 @@ def _rotate(folder: Path, keep: int) -> None:
 
 
 def _best(folder: Path) -> int | None:
-    losses = {step: read_json(folder / f"step-{step}" / "state.json").get("validation_loss") for step in _steps(folder)}
-    known = {step: loss for step, loss in losses.items() if isinstance(loss, float)}
-    return min(known, key=lambda step: (known[step], step), default=None)
+    costs = {step: read_json(folder / f"step-{step}" / "state.json").get("cost") for step in _steps(folder)}
+    known = {step: cost for step, cost in costs.items() if isinstance(cost, float)}
+    return min(known, key=lambda step: (known[step], -step), default=None)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -63,6 +63,8 @@ def test_what_is_told_of_other_objectives(ready: Callable[..., Any], tmp_path: P
     assert sampled.code == 0, sampled.err
     assert "with what is expected underlined" in sampled.err
     assert "held-out reward: 0.0000 before, 0.0000 after" in sampled.err
+    assert "reward 0.0000, held-out 0.0000" in sampled.err
+    assert "reward 0 → 0" in ready("runs").out
     planned = ("finetune", "stories", str(tmp_path / "asks.jsonl"), "--out", "x", "--dry-run", "--json")
     grpo = ready(*planned, "--objective", "grpo", "--reward", "number").json["recipe"]
     assert 'type = "grpo"\nreward = "number"' in grpo

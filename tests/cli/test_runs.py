@@ -34,7 +34,7 @@ def test_list(puna, two_runs: list[str]) -> None:
     assert result.out.startswith("NAME ")
     for name, loss in zip(two_runs, ("3", "1.5"), strict=True):
         (line,) = (line for line in result.out.splitlines() if line.startswith(name + " "))
-        assert f"finished  smollm2  sft, lora  2/2    2.5 → {loss}" in line
+        assert f"finished  smollm2  sft, lora  2/2    loss 2.5 → {loss}" in line
     assert {row["name"]: row["loss_after"] for row in puna("runs", "--json").json} == dict(
         zip(two_runs, (3, 1.5), strict=True)
     )

@@ -46,6 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dpo": {"method": LORA, "objective": DPO().objective, "stream": RandomAnswers},
     "kto": {"method": LORA, "objective": KTO().objective, "stream": RandomAnswers},
     "reward": {"method": LORA, "objective": Reward().objective, "stream": RandomAnswers, "kind": "F32"},
+    "8bit": {"method": Full(), "optimizer": "adamw8bit"},
     "one": {"method": LoRA(rank=3, targets=("q_proj",)), "accumulate": 1, "validate": 1},
 }
 
@@ -81,7 +82,7 @@ def export_reward(folder: Path, place: Path, ranks: Ranks) -> None:
 
 def everything(folder: Path, ranks: Ranks) -> dict[str, Any]:
     found: dict[str, Any] = {name: run(folder / name, name, ranks) for name in RUNS}
-    for name in ("full", "qlora"):
+    for name in ("full", "qlora", "8bit"):
         export(folder / name, name, folder / f"{name}-exported", ranks)
         found[f"{name}-from-one"] = run(folder / f"{name}-from-one", name, ranks)
         run(folder / f"{name}-for-one", name, ranks, stop_at=4)

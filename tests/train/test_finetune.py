@@ -107,8 +107,27 @@ def test_qlora_over_a_quantized_file_and_over_floats(store: Store, rows: Path, t
         assert served_loss(store, kind.lower(), prepared) == pytest.approx(outcome.after, abs=close)
 
 
-def test_the_run_is_recorded(store: Store, rows: Path) -> None:
-    prepared = prepare(recipe(rows), store)
+@pytest.mark.filterwarnings("ignore:.*were written as F16")
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"type": "qlora"},
+        {"type": "full"},
+        {"type": "full", "frozen": "embed|layers.0"},
+        {"type": "lora", "dora": True},
+    ],
+    ids=["lora", "qlora", "full", "frozen", "dora"],
+)
+def test_the_run_is_recorded(store: Store, rows: Path, tmp_path: Path, method: dict[str, Any]) -> None:
+    changes: dict[str, Any] = {"method": method, "training": {"learning_rate": 1e-3}}
+    if method.get("type") == "full" or method.get("dora"):
+        changes["save"] = {"type": "F32", "merge": "dora" in method}
+    if method.get("type") == "qlora":
+        save_checkpoint(open_checkpoint(resolve("stories", store).path), tmp_path / "q.gguf", "gguf", "Q4_1")
+        import_file(tmp_path / "q.gguf", "quantized", store=store)
+        changes["model"] = "quantized"
+    prepared = prepare(recipe(rows, **changes), store)
     outcome = run(prepared)
     kept = Run.read(prepared.folder)
     assert (kept.state, kept.record.result) == ("finished", "bot:latest")
@@ -118,7 +137,7 @@ def test_the_run_is_recorded(store: Store, rows: Path) -> None:
     validated = [row["validation_loss"] for row in kept.metrics() if "validation_loss" in row]
     assert min(validated) == pytest.approx(outcome.after, abs=1e-6)
     # The answers of the page are those of the served models.
-    for name, evaluation in (("stories", kept.record.before), ("bot", kept.record.after)):
+    for name, evaluation in ((prepared.recipe.model, kept.record.before), ("bot", kept.record.after)):
         with LLM.load(resolve(name, store)) as llm:
             for sample, example in zip(evaluation.samples, prepared.data.sources[0].held_out, strict=False):
                 assert (sample.prompt, sample.wanted) == (f"<s>{example.prompt}", example.text)

@@ -42,7 +42,7 @@ def alone() -> dict[str, list[dict[str, Any]]]:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder and the results of all that two ranks do, in two launches."""
     folder = tmp_path_factory.mktemp("ranks")
-    for name in ("full", "qlora"):
+    for name in ("full", "qlora", "8bit"):
         run(folder / f"{name}-from-one", name, ALONE, stop_at=4)
     ended = subprocess.run([*TORCHRUN, SCRIPT, "killed", folder], env=ENVIRONMENT, timeout=SECONDS, capture_output=True)
     assert ended.returncode != 0
@@ -86,12 +86,12 @@ def test_two_ranks_train_what_one_trains(ranks: tuple[Path, dict[str, Any]], tmp
     assert_same(ranks[1][name], run(tmp_path, name, ALONE))
 
 
-@pytest.mark.parametrize("name", ["full", "qlora"])
+@pytest.mark.parametrize("name", ["full", "qlora", "8bit"])
 def test_two_ranks_go_on_from_one(ranks: tuple[Path, dict[str, Any]], name: str) -> None:
     assert_same(ranks[1][f"{name}-from-one"], ranks[1][name][4:])
 
 
-@pytest.mark.parametrize("name", ["full", "qlora"])
+@pytest.mark.parametrize("name", ["full", "qlora", "8bit"])
 def test_one_goes_on_from_two_ranks(ranks: tuple[Path, dict[str, Any]], name: str) -> None:
     assert_same(run(ranks[0] / f"{name}-for-one", name, ALONE), ranks[1][name][4:])
 
@@ -128,13 +128,17 @@ def test_sharded_states_are_kept_as_others(ranks: tuple[Path, dict[str, Any]]) -
     assert newest is not None
     assert best is not None
     assert newest.step == best.step == 6
-    assert best.validation_loss == results["full"][-1]["validation_loss"]
+    assert best.cost == results["full"][-1]["validation_loss"]
     assert {path.name for path in (folder / "full").iterdir()} == {"step-4", "step-6"}
     parts = sorted((folder / "full" / "step-6").glob("*.safetensors"))
     embedding = "model.embed_tokens.weight"
     rows = [read_safetensors(part)[embedding].dequantize() for part in parts]
     assert [len(one) for one in rows] == [128, 128]
     np.testing.assert_array_equal(newest.tensors[embedding].numpy(), np.concatenate(rows))
+    narrow = newest_state(folder / "8bit")
+    assert narrow is not None
+    assert narrow.tensors[f"{embedding}:mean"].dtype == torch.uint8
+    assert narrow.tensors[f"{embedding}:mean_scale"].shape == (256, 1)
 
 
 def test_not_a_number_stops_all_ranks(ranks: tuple[Path, dict[str, Any]]) -> None:
@@ -168,11 +172,6 @@ def test_sums_of_other_names() -> None:
         "b": (4.0, 2),
         "c": (5.0, 5),
     }
-
-
-def test_optimizers_that_are_not_sharded_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="choose adamw"):
-        trainer(tmp_path, optimizer="adamw8bit", ranks=Ranks(0, 2))
 
 
 def test_puna_train_under_torchrun(shared_data: Path, tmp_path: Path) -> None:

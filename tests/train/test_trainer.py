@@ -221,7 +221,7 @@ def test_the_newest_and_the_best_states_are_kept(tmp_path: Path) -> None:
     state, newest = best_state(tmp_path), newest_state(tmp_path)
     assert state is not None
     assert newest is not None
-    assert (state.step, state.validation_loss, newest.step) == (best, losses[best - 1], 8)
+    assert (state.step, state.cost, newest.step) == (best, losses[best - 1], 8)
 
 
 def test_a_worse_end_does_not_lose_the_best(tmp_path: Path) -> None:
@@ -233,6 +233,20 @@ def test_a_worse_end_does_not_lose_the_best(tmp_path: Path) -> None:
     best = min(range(6), key=lambda number: losses[number]) + 1
     assert best < 6
     assert {path.name for path in tmp_path.iterdir()} == {"step-6", f"step-{best}"}
+
+
+def test_the_best_by_reward_has_the_highest(tmp_path: Path) -> None:
+    """Of equal ones the last. It is measured in place of the loss, and only where held-out rows are."""
+    run = trainer(tmp_path, steps=8, save_every=1, evaluate_every=2, keep=1, validate=2)
+    rewards = [0.25, 0.75, 0.75, 0.5]
+    run.reward = iter(rewards).__next__
+    found = reports(run)
+    assert [report.validation_reward for report in found] == [None, 0.25, None, 0.75, None, 0.75, None, 0.5]
+    assert {report.validation_loss for report in found} == {None}
+    assert {path.name for path in tmp_path.iterdir()} == {"step-6", "step-8"}
+    state = best_state(tmp_path)
+    assert state is not None
+    assert (state.step, state.cost) == (6, -0.75)
 
 
 def test_the_end_of_the_stream_ends_the_training(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """``metrics.jsonl``: the numbers of every step of a run, one JSON object a line, each step once.
 
-Names that reports know: ``loss`` and ``validation_loss`` (nats), ``learning_rate``, ``gradient_norm``, ``tokens`` (of
-the step), ``tokens_per_second``, ``seconds`` (of the step), ``memory_bytes``. Any other name is kept and drawn too.
-``time`` is when the line was written, in seconds since 1970.
+Names that reports know: ``loss`` and ``validation_loss`` (nats), ``reward`` and ``validation_reward``,
+``learning_rate``, ``gradient_norm``, ``tokens`` (of the step), ``tokens_per_second``, ``seconds`` (of the step),
+``memory_bytes``. Any other name is kept and drawn too. ``time`` is when the line was written, in seconds since 1970.
 """
 
 from __future__ import annotations

@@ -13,7 +13,15 @@ from puna.train.runs.run import Run
 from puna.train.runs.summary import comparison, final_numbers, names_of, shown
 
 _NOISY = 20  # a curve of more points is drawn smooth too
-_FIRST = ("loss", "validation_loss", "learning_rate", "gradient_norm", "tokens_per_second")
+_FIRST = (
+    "loss",
+    "validation_loss",
+    "reward",
+    "validation_reward",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_second",
+)
 _NOT_DRAWN = ("tokens", "seconds")
 _EXACT = ("learning_rate", "memory_bytes")  # without noise
 _UNITS = {"memory_bytes": ("memory, GB", 1e-9)}

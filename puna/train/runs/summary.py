@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from puna.train.runs.differences import differing
@@ -13,6 +13,8 @@ from puna.train.runs.run import Run
 
 _SUMMED = {"tokens": "total_tokens", "seconds": "total_seconds"}  # numbers of a step that add up
 
+_BEST: dict[str, Callable[[list[float]], float]] = {"validation_loss": min, "validation_reward": max}
+
 
 def names_of(rows: Sequence[Row]) -> list[str]:
     """What was measured, in the order in which it first was."""
@@ -20,7 +22,7 @@ def names_of(rows: Sequence[Row]) -> list[str]:
 
 
 def final_numbers(run: Run) -> dict[str, float]:
-    """``steps``, the last of every metric, the sums of tokens and seconds, the best ``validation_loss``, and what was
+    """``steps``, the last of every metric, the sums of tokens and seconds, the best of held-out rows, and what was
     evaluated before and after."""
     rows = run.metrics()
     numbers: dict[str, float] = {"steps": rows[-1]["step"] if rows else 0}
@@ -28,8 +30,8 @@ def final_numbers(run: Run) -> dict[str, float]:
         values = [value for _, value in curve(rows, name)]
         if values:
             numbers[_SUMMED.get(name, name)] = math.fsum(values) if name in _SUMMED else values[-1]
-        if values and name == "validation_loss":
-            numbers["best_validation_loss"] = min(values)
+        if values and name in _BEST:
+            numbers[f"best_{name}"] = _BEST[name](values)
     record = run.record
     for when, evaluation in (("before", record.before), ("after", record.after)):
         numbers |= {f"{name}_{when}": value for name, value in (evaluation.numbers if evaluation else {}).items()}
@@ -37,7 +39,7 @@ def final_numbers(run: Run) -> dict[str, float]:
 
 
 def overview(run: Run) -> dict[str, Any]:
-    """A line of ``puna runs``: losses are those of the held-out rows before and after training."""
+    """A line of ``puna runs``: losses, or rewards, are those of the held-out rows before and after training."""
     record, rows = run.record, run.metrics()
     return {
         "name": run.name,
@@ -47,8 +49,10 @@ def overview(run: Run) -> dict[str, Any]:
         "method": record.inputs.method,
         "steps": rows[-1]["step"] if rows else 0,
         "planned_steps": record.inputs.steps,
-        "loss_before": _loss(record.before),
-        "loss_after": _loss(record.after),
+        "loss_before": _value(record.before, "loss"),
+        "loss_after": _value(record.after, "loss"),
+        "reward_before": _value(record.before, "reward"),
+        "reward_after": _value(record.after, "reward"),
         "started": record.starts[0].time,
     }
 
@@ -95,5 +99,5 @@ def shown(value: Any) -> str:
     return "".join(character if character.isprintable() else " " for character in str(value))
 
 
-def _loss(evaluation: Evaluation | None) -> float | None:
-    return None if evaluation is None else evaluation.numbers.get("loss")
+def _value(evaluation: Evaluation | None, name: str) -> float | None:
+    return None if evaluation is None else evaluation.numbers.get(name)
