@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from lora_files import write_peft  # noqa: E402
-from test_finetune import NAMES, PLACES, _one_thread, recipe, rows, served_loss, store  # noqa: E402, F401
+from test_finetune import NAMES, PLACES, recipe, rows, served_loss, store  # noqa: E402, F401
 
 from puna.checkpoint import open_checkpoint  # noqa: E402
 from puna.checkpoint.lora import read_adapter  # noqa: E402
