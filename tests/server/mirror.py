@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -27,13 +28,11 @@ class Mirror:
                 self.send_header("ETag", '"one"')
                 self.end_headers()
                 middle = max(start, len(content) // 2)
-                try:
+                with contextlib.suppress(OSError):  # of a client that is gone
                     self.wfile.write(content[start:middle])
                     mirror.halfway.set()
                     mirror.gate.wait(60)
                     self.wfile.write(content[middle:])
-                except OSError:
-                    pass  # the client is gone
 
             def log_message(self, *_: object) -> None:
                 pass
