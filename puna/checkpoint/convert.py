@@ -14,6 +14,9 @@ from puna.tensor import Weight
 
 Progress = Callable[[str, int, int], None]
 
+# What only a folder of a model or an adapter holds.
+_MARKS = ("config.json", "params.json", "adapter_config.json")
+
 
 def convert(
     source: str | Path,
@@ -129,8 +132,8 @@ def _check_replaceable(source: Path, destination: Path, overwrite: bool) -> None
     resolved = source.resolve()
     if destination.resolve() in (resolved, *resolved.parents):
         raise CheckpointError(f"{destination} holds what is being converted; choose another name")
-    if destination.is_dir() and not any((destination / name).exists() for name in ("config.json", "params.json")):
-        raise CheckpointError(f"{destination} is a folder, but not of a model; it will not be overwritten")
+    if destination.is_dir() and not any((destination / name).exists() for name in _MARKS):
+        raise CheckpointError(f"{destination} is a folder, but of no model or adapter; it will not be overwritten")
 
 
 def _replace_folder(destination: Path, write: Callable[[Path], None]) -> None:

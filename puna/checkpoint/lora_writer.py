@@ -79,9 +79,11 @@ def write_peft(
 def write_gguf_adapter(path: str | Path, adapter: Adapter, config: ModelConfig) -> None:
     """Write a GGUF file that llama.cpp loads for a model of this configuration, float32.
 
-    There is one alpha for all matrices; what a matrix's scale differs by goes into its B. Raises CheckpointError when
-    the disk refuses.
+    There is one alpha for all matrices; what a matrix's scale differs by goes into its B. Raises CheckpointError for
+    DoRA, which the format has no place for, and when the disk refuses.
     """
+    if adapter.magnitudes:
+        raise CheckpointError(f"{path}: GGUF holds no DoRA; merge it (`puna merge`), or write a folder")
     alpha = _most_common({name: float(np.float32(c.scale * c.rank)) for name, c in adapter.changes.items()})
     if alpha == 0:  # which llama.cpp takes for a scale of 1
         raise CheckpointError(f"{path}: an adapter with a scale of 0 changes nothing; there is nothing to write")

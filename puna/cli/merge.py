@@ -31,9 +31,10 @@ def merge(
     """
     from puna.checkpoint.lora import read_mergeable_adapter
     from puna.quantize import Source, merge_adapter
+    from puna.store import resolve
 
     source = Source.open(base)
-    changes = read_mergeable_adapter(_stored(base, adapter) or adapter, source.checkpoint.config)
+    changes = read_mergeable_adapter(resolve(base).adapter_path(adapter), source.checkpoint.config)
     with deriving.watched(base, destination, changes, f"{base} with {adapter.name}") as (progress, review):
         merge_adapter(
             source,
@@ -48,13 +49,3 @@ def merge(
         )
     click.echo(f"wrote {destination}", err=True)
     deriving.keep(review, destination)
-
-
-def _stored(base: str, adapter: Path) -> Path | None:
-    """Where an adapter of that name lies that a stored model has; None where a path is meant."""
-    from puna.store import Store, resolve
-
-    manifest = resolve(base).manifest
-    if manifest is None or adapter.exists():
-        return None
-    return Store().adapter_paths(manifest).get(str(adapter))

@@ -131,7 +131,9 @@ def quantize(
             requantize,
         )
         with deriving.watched(source, destination) as (progress, review):
-            result = quantize_to_folder(source, destination, folder, calibrate, deriving.force, progress, check=review)
+            result = quantize_to_folder(
+                source, destination, folder, calibrate, deriving.force, deriving.threads, progress, check=review
+            )
         kept = deriving.keep(review, destination)
     elif is_store_name(destination):
         result, kept = quantize_into_store(source, str(destination), settings, deriving)

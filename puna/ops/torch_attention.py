@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from puna.ops.torch_causal import CausalAttention
+
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, head_dim: int, seq_starts: bytes) -> Tensor:
     """q [T, H · d], k and v [T, G · d] -> [T, H · d]; ``seq_starts`` are the bytes of int32[documents + 1].
@@ -22,16 +24,21 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, head_dim: int, seq_starts: by
     groups = _groups(seq_starts, q.device)
     outs = []
     for group, *parts in zip(groups.by_length, *(_grouped(x, groups) for x in (q, k, v)), strict=True):
-        # [documents, heads, length, head_dim]
-        queries, keys, values = (x.view(group.documents, group.length, -1, head_dim).transpose(1, 2) for x in parts)
-        out = F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, enable_gqa=queries.shape[1] != keys.shape[1]
-        )
-        outs.append(out.transpose(1, 2).reshape(group.documents * group.length, -1))
+        queries, keys, values = (x.view(group.documents, group.length, -1, head_dim) for x in parts)
+        outs.append(_causal(queries, keys, values).reshape(group.documents * group.length, -1))
     if groups.place is None:
         return outs[0]
     packed: Tensor = _Packed.apply(groups, *outs)  # type: ignore[no-untyped-call]
     return packed
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [documents, length, heads, d], k and v [documents, length, key heads, d] -> as q."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        out: Tensor = CausalAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+        return out
+    by_head = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ def calibrated(
     checkpoint: Checkpoint,
     settings: FolderSettings,
     windows: Windows,
+    threads: int | None = None,
     progress: Progress | None = None,
     journal: LayerJournal | None = None,
 ) -> tuple[Checkpoint, dict[str, Grouped], int]:
@@ -28,7 +29,7 @@ def calibrated(
 
     Those are passed through, not quantized again. ``progress`` hears the seconds that a layer takes.
     """
-    walk = LayerByLayer(checkpoint.config, checkpoint.tensors, windows)
+    walk = LayerByLayer(checkpoint.config, checkpoint.tensors, windows, threads)
     layers = checkpoint.config.num_hidden_layers
     changed: dict[str, Weight] = {}
     matrices: dict[str, Grouped] = {}

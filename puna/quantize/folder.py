@@ -63,6 +63,7 @@ def quantize_to_folder(
     settings: FolderSettings,
     calibrate: Path | None = None,
     overwrite: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> QuantizedFolder:
@@ -82,7 +83,7 @@ def quantize_to_folder(
     made: list[QuantizedFolder] = []
 
     def write(fresh: Path, journal: LayerJournal | None = None) -> None:
-        continued = quantize_folder(checkpoint, fresh, settings, windows, progress, journal)
+        continued = quantize_folder(checkpoint, fresh, settings, windows, threads, progress, journal)
         size = sum(file.stat().st_size for file in fresh.glob("*.safetensors"))
         title = str(open_checkpoint(fresh).description["quantization"])
         bits = 8 * size / parameter_count(checkpoint.config)
@@ -103,6 +104,7 @@ def quantize_folder(
     path: Path,
     settings: FolderSettings,
     windows: Windows | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
     journal: LayerJournal | None = None,
 ) -> int:
@@ -118,7 +120,7 @@ def quantize_folder(
     matrices: Mapping[str, Grouped] = {}
     continued = 0
     if windows:
-        checkpoint, matrices, continued = calibrated(checkpoint, settings, windows, progress, journal)
+        checkpoint, matrices, continued = calibrated(checkpoint, settings, windows, threads, progress, journal)
     config, tensors = _layout(settings)
 
     def write_module(module: str, weight: Weight) -> Iterable[StoredTensor]:

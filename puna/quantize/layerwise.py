@@ -64,9 +64,11 @@ class LayerByLayer:
     Everything is computed in float32. Memory: the hidden states of the text, and one layer.
     """
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], windows: Windows) -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Weight], windows: Windows, threads: int | None = None
+    ) -> None:
         self.layer = 0
-        self._ops = make_ops()
+        self._ops = make_ops(None, threads)
         self._config, self._tensors, self._windows = replace(config, num_hidden_layers=1), tensors, windows
         embedding = tensors["model.embed_tokens.weight"]
         self._states = [embedding.take_rows(window).dequantize() for window in windows]

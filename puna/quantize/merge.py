@@ -44,7 +44,7 @@ def merge_adapter(
         convert_checkpoint(whole.checkpoint, base.path, destination, None, type_name, progress, overwrite, check)
     elif type_name.lower() in METHODS:
         folder = FolderSettings(type_name.lower(), requantize=True)
-        quantize_to_folder(base.merged(adapter), destination, folder, calibrate, overwrite, progress, check)
+        quantize_to_folder(base.merged(adapter), destination, folder, calibrate, overwrite, threads, progress, check)
     else:
         settings = QuantizeSettings(mix=type_name, calibrate=calibrate, requantize=True, overwrite=overwrite)
         quantize(base.merged(adapter), destination, settings, threads, progress, check)

@@ -32,6 +32,10 @@ class ResolvedModel:
         """What a packed file must have been made from. Raises OSError."""
         return path_identity(self.path) if self.manifest is None else self.manifest.content_digest
 
+    def adapter_path(self, name_or_path: Path) -> Path:
+        """Where an adapter lies that the stored model has by this name; the path itself where one is meant."""
+        return name_or_path if name_or_path.exists() else self.adapters.get(str(name_or_path), name_or_path)
+
 
 def resolve(name_or_path: str | os.PathLike[str], store: Store | None = None) -> ResolvedModel:
     """Find a model by name, or by the path of a .gguf file or checkpoint folder.

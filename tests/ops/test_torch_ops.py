@@ -1,5 +1,7 @@
 """TorchOps against the reference ops' logits, and its gradients against transformers'."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from tiny_models import VARIANTS, random_adapter, random_weights, tiny_config
@@ -13,6 +15,7 @@ from puna.model.model import Model  # noqa: E402
 from puna.ops import registry  # noqa: E402
 from puna.ops.protocol import Batch  # noqa: E402
 from puna.ops.reference import ReferenceOps  # noqa: E402
+from puna.ops.torch_causal import CausalAttention  # noqa: E402
 from puna.ops.torch_linear import multiply  # noqa: E402
 from puna.ops.torch_ops import NoCache, TorchOps, document_batch  # noqa: E402
 from puna.ops.torch_weights import LowRankMatrix  # noqa: E402
@@ -160,6 +163,29 @@ def test_attention_gradients(lengths: list[int]) -> None:
     weights = wide(count, 8, seed=4).detach()
     gradients = [torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("length", [7, 128, 300])
+def test_attention_as_products(length: int) -> None:
+    """In float64 what torch's own attention gives, gradients included; in bfloat16 no further from it than torch is."""
+    parts = [torch.randn(2, length, heads, 8, dtype=torch.float64) for heads in (6, 2, 2, 6)]
+
+    def results(attend: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        q, k, v, weights = (part.to(torch.bfloat16).to(dtype) for part in parts)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, weights)]
+
+    def torchs(*inputs: torch.Tensor) -> torch.Tensor:
+        by_head = (x.transpose(1, 2) for x in inputs)
+        out = torch.nn.functional.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    expected = results(torchs, torch.float64)
+    torch.testing.assert_close(results(CausalAttention.apply, torch.float64), expected)
+    pairs = zip(*(results(f, torch.bfloat16) for f in (CausalAttention.apply, torchs)), expected, strict=True)
+    for ours, theirs, exact in pairs:
+        assert (ours - exact).norm() <= 1.3 * (theirs - exact).norm()
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -1,0 +1,88 @@
+"""Causal attention as plain products, with its gradients: for bfloat16 on a CPU.
+
+torch's own kernel multiplies small tiles one by one, and in documents shorter than its tiles computes what causality
+hides. On documents of 16 to 512 tokens whole products over blocks of queries take from a sixth to three quarters of its
+time, on longer ones about the same (docs/training-speed.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_QUERIES = 128  # positions in a block: more compute more of what causality hides, fewer make smaller products
+
+
+class CausalAttention(torch.autograd.Function):
+    """q [documents, length, heads, d], k and v [documents, length, key heads, d] -> as q.
+
+    Weights are computed in float32 at least, of one block of queries at a time, and again in the backward pass: nothing
+    but q, k and v is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.documents, key_heads = len(q), k.shape[2]
+        q, k, v = _by_key_head(q, key_heads), _by_key_head(k, key_heads)[:, :, 0], _by_key_head(v, key_heads)[:, :, 0]
+        ctx.save_for_backward(q, k, v)
+        out, wide_k = torch.empty_like(q), k.to(_wide(k))
+        for rows, seen in _blocks(q.shape[1]):
+            weights = _weights(q[:, rows], wide_k[:, seen]).to(v.dtype)
+            out[:, rows] = torch.bmm(weights, v[:, seen]).view(out[:, rows].shape)
+        return _by_position(out, ctx.documents)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        q, k, v = ctx.saved_tensors
+        scale, wide = q.shape[-1] ** -0.5, _wide(q)
+        gradient = _by_key_head(gradient, len(k) // ctx.documents)
+        wide_k, q_gradient = k.to(wide), torch.empty_like(q)
+        k_gradient, v_gradient = torch.zeros_like(wide_k), torch.zeros_like(wide_k)
+        for rows, seen in _blocks(q.shape[1]):
+            queries, out_gradient = q[:, rows], gradient[:, rows].flatten(1, 2)
+            weights = _weights(queries, wide_k[:, seen])
+            v_gradient[:, seen] += torch.bmm(weights.to(v.dtype).mT, out_gradient)
+            weights_gradient = torch.bmm(out_gradient, v[:, seen].mT).to(wide)
+            scores_gradient = torch.ops.aten._softmax_backward_data(weights_gradient, weights, -1, wide).to(q.dtype)
+            q_gradient[:, rows] = torch.bmm(scores_gradient, k[:, seen]).view(queries.shape).mul_(scale)
+            k_gradient[:, seen] += torch.bmm(scores_gradient.mT, queries.flatten(1, 2))
+        k_gradient *= scale
+        gradients = (q_gradient, k_gradient.to(k.dtype)[:, :, None], v_gradient.to(v.dtype)[:, :, None])
+        return tuple(_by_position(x, ctx.documents) for x in gradients)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
+    """[documents, length, heads, d] -> [documents · key heads, length, heads of each, d]."""
+    documents, length, heads, size = x.shape
+    parts = x.reshape(documents, length, key_heads, heads // key_heads, size)
+    return parts.transpose(1, 2).reshape(documents * key_heads, length, heads // key_heads, size)
+
+
+def _by_position(x: Tensor, documents: int) -> Tensor:
+    """The way back."""
+    _, length, heads, size = x.shape
+    parts = x.view(documents, -1, length, heads, size)
+    return parts.transpose(1, 2).reshape(documents, length, -1, size)
+
+
+def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
+    """The queries' positions, and those of the keys that they see."""
+    for start in range(0, length, _QUERIES):
+        end = min(start + _QUERIES, length)
+        yield slice(start, end), slice(0, end)
+
+
+def _weights(queries: Tensor, keys: Tensor) -> Tensor:
+    """[n, queries · heads, keys] of queries [n, queries, heads, d], the last of which is at the last key's position."""
+    n, count, heads, size = queries.shape
+    scores = torch.bmm(queries.flatten(1, 2).to(keys.dtype) * size**-0.5, keys.mT)
+    hidden = torch.full((count, count), float("-inf"), dtype=keys.dtype, device=keys.device).triu_(1)
+    scores.view(n, count, heads, -1)[..., -count:] += hidden[:, None]
+    return torch.softmax(scores, -1)
