@@ -37,8 +37,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         out: Tensor = CausalAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
         return out
-    by_head = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
 @dataclass(frozen=True)
