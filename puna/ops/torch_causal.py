@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 _QUERIES = 128  # positions in a block: more compute more of what causality hides, fewer make smaller products
+_NUMBERS = 1 << 22  # of weights at a time, so that memory does not grow with the documents
 
 
 class CausalAttention(torch.autograd.Function):
     """q [documents, length, heads, d], k and v [documents, length, key heads, d] -> as q.
 
-    Weights are computed in float32 at least, of one block of queries at a time, and again in the backward pass: nothing
-    but q, k and v is kept.
+    Weights are computed in float32 at least, of a block of queries at a time, and again in the backward pass: only q, k
+    and v are kept.
     """
 
     @staticmethod
@@ -29,9 +30,9 @@ class CausalAttention(torch.autograd.Function):
         q, k, v = _by_key_head(q, key_heads), _by_key_head(k, key_heads)[:, :, 0], _by_key_head(v, key_heads)[:, :, 0]
         ctx.save_for_backward(q, k, v)
         out, wide_k = torch.empty_like(q), k.to(_wide(k))
-        for rows, seen in _blocks(q.shape[1]):
-            weights = _weights(q[:, rows], wide_k[:, seen]).to(v.dtype)
-            out[:, rows] = torch.bmm(weights, v[:, seen]).view(out[:, rows].shape)
+        for part, rows, seen in _blocks(q):
+            weights = _weights(q[part, rows], wide_k[part, seen]).to(v.dtype)
+            out[part, rows] = torch.bmm(weights, v[part, seen]).view(out[part, rows].shape)
         return _by_position(out, ctx.documents)
 
     @staticmethod
@@ -41,14 +42,14 @@ class CausalAttention(torch.autograd.Function):
         gradient = _by_key_head(gradient, len(k) // ctx.documents)
         wide_k, q_gradient = k.to(wide), torch.empty_like(q)
         k_gradient, v_gradient = torch.zeros_like(wide_k), torch.zeros_like(wide_k)
-        for rows, seen in _blocks(q.shape[1]):
-            queries, out_gradient = q[:, rows], gradient[:, rows].flatten(1, 2)
-            weights = _weights(queries, wide_k[:, seen])
-            v_gradient[:, seen] += torch.bmm(weights.to(v.dtype).mT, out_gradient)
-            weights_gradient = torch.bmm(out_gradient, v[:, seen].mT).to(wide)
+        for part, rows, seen in _blocks(q):
+            queries, out_gradient = q[part, rows], gradient[part, rows].flatten(1, 2)
+            weights = _weights(queries, wide_k[part, seen])
+            v_gradient[part, seen] += torch.bmm(weights.to(v.dtype).mT, out_gradient)
+            weights_gradient = torch.bmm(out_gradient, v[part, seen].mT).to(wide)
             scores_gradient = torch.ops.aten._softmax_backward_data(weights_gradient, weights, -1, wide).to(q.dtype)
-            q_gradient[:, rows] = torch.bmm(scores_gradient, k[:, seen]).view(queries.shape).mul_(scale)
-            k_gradient[:, seen] += torch.bmm(scores_gradient.mT, queries.flatten(1, 2))
+            q_gradient[part, rows] = torch.bmm(scores_gradient, k[part, seen]).view(queries.shape).mul_(scale)
+            k_gradient[part, seen] += torch.bmm(scores_gradient.mT, queries.flatten(1, 2))
         k_gradient *= scale
         gradients = (q_gradient, k_gradient.to(k.dtype)[:, :, None], v_gradient.to(v.dtype)[:, :, None])
         return tuple(_by_position(x, ctx.documents) for x in gradients)
@@ -72,11 +73,14 @@ def _by_position(x: Tensor, documents: int) -> Tensor:
     return parts.transpose(1, 2).reshape(documents, length, -1, size)
 
 
-def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
-    """The queries' positions, and those of the keys that they see."""
+def _blocks(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """What is computed at a time of q by key heads: which of these, the queries' positions, and the keys' they see."""
+    count, length, heads, _ = q.shape
     for start in range(0, length, _QUERIES):
         end = min(start + _QUERIES, length)
-        yield slice(start, end), slice(0, end)
+        at_once = max(1, _NUMBERS // ((end - start) * heads * end))
+        for first in range(0, count, at_once):
+            yield slice(first, first + at_once), slice(start, end), slice(0, end)
 
 
 def _weights(queries: Tensor, keys: Tensor) -> Tensor:
