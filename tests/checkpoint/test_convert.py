@@ -111,7 +111,7 @@ def test_never_overwrites_the_source_or_what_holds_it(tmp_path: Path, source: Pa
 def test_never_removes_a_folder_that_is_no_model(tmp_path: Path, source: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("keep me")
-    with pytest.raises(CheckpointError, match="not of a model"):
+    with pytest.raises(CheckpointError, match="of no model"):
         convert(source, tmp_path / "letters", overwrite=True)
     assert (tmp_path / "letters" / "dear.txt").read_text() == "keep me"
 
