@@ -47,8 +47,8 @@ def convert(
 
     found = resolve(source)
     if adapter is not None:
-        if format_name or weight_type or deriving.report:
-            raise click.UsageError("--adapter goes with no --format, --type or --report: its numbers stay as they are")
+        if format_name or weight_type or deriving.report or deriving.html or deriving.max_drift is not None:
+            raise click.UsageError("--adapter goes with no --format, --type or report: its numbers stay as they are")
         _convert_adapter(found, source, adapter, destination, deriving.force)
         return
     with deriving.watched(source, destination) as (progress, review):

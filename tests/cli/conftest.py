@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lora_files import write_peft
+from tiny_models import random_adapter
 
+from puna.checkpoint import open_checkpoint
 from puna.cli.main import main
 
 
@@ -51,3 +54,13 @@ def stored(puna: Callable[..., Result], smollm2_path: Path) -> Callable[..., Res
     """The same, with SmolLM2 in the store as ``smollm2``."""
     assert puna("import", str(smollm2_path), "--name", "smollm2").code == 0
     return puna
+
+
+@pytest.fixture
+def stories(shared_data: Path) -> Path:
+    return shared_data / "weights" / "stories260K" / "stories260K.gguf"
+
+
+@pytest.fixture
+def adapter(stories: Path, tmp_path: Path) -> Path:
+    return write_peft(tmp_path / "tales", random_adapter(open_checkpoint(stories).config, 4, size=0.02))

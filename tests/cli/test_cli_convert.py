@@ -6,23 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_files import write_peft, write_peft_tensors
+from lora_files import write_peft_tensors
 from tiny_models import random_adapter
 
 from puna.checkpoint import open_checkpoint
 from puna.checkpoint.lora import read_adapter, read_mergeable_adapter
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture
-def stories(shared_data: Path) -> Path:
-    return shared_data / "weights" / "stories260K" / "stories260K.gguf"
-
-
-@pytest.fixture
-def adapter(stories: Path, tmp_path: Path) -> Path:
-    return write_peft(tmp_path / "tales", random_adapter(open_checkpoint(stories).config, 4, size=0.02))
 
 
 def check_same(found: Path, expected: Path, model: Path) -> None:
@@ -86,6 +76,6 @@ def test_dora_is_a_folder(puna: Run, stories: Path, tmp_path: Path) -> None:
 
 
 def test_options_that_change_numbers_are_refused(puna: Run, stories: Path, adapter: Path, tmp_path: Path) -> None:
-    for option in (("--type", "F16"), ("--format", "gguf"), ("--report",)):
+    for option in (("--type", "F16"), ("--format", "gguf"), ("--report",), ("--html", "x.html"), ("--max-drift", "1")):
         refused = puna("convert", str(stories), str(tmp_path / "x.gguf"), "--adapter", str(adapter), *option)
         assert (refused.code, "--adapter goes with no" in refused.err) == (2, True)

@@ -6,23 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-from lora_files import write_peft, write_peft_tensors
+from lora_files import write_peft_tensors
 from tiny_models import random_adapter
 
 from puna.checkpoint import open_checkpoint
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture
-def stories(shared_data: Path) -> Path:
-    return shared_data / "weights" / "stories260K" / "stories260K.gguf"
-
-
-@pytest.fixture
-def adapter(stories: Path, tmp_path: Path) -> Path:
-    return write_peft(tmp_path / "tales", random_adapter(open_checkpoint(stories).config, 4, size=0.02))
 
 
 def test_the_report_compares_with_base_and_adapter(puna: Run, stories: Path, adapter: Path, tmp_path: Path) -> None:
