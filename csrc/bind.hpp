@@ -49,6 +49,8 @@ void check_batch(const AttendArgs& args);
 
 // bind_rest.cpp: everything but the linear layers.
 void bind_rest(nb::module_& m, nb::class_<Native>& native);
+// bind_training.cpp: what stands between the products of training.
+void bind_training(nb::class_<Native>& native);
 // bpe.cpp: vocabularies, which need no Native.
 void bind_bpe(nb::module_& m);
 

@@ -87,19 +87,21 @@ NB_MODULE(_native, m) {
   native
       .def(
           "__init__",
-          [](Native* self, int threads, const char* isa) {
+          [](Native* self, int threads, const char* isa, uintptr_t team) {
             const Kernels* kernels = find_kernels(isa);
             check(kernels, "this machine cannot run the kernels asked for");
             check(threads >= 1 && threads <= 1024, "threads must be from 1 to 1024");
-            new (self) Native{ThreadPool(threads), kernels};
+            new (self) Native{ThreadPool(threads, reinterpret_cast<ThreadPool::Team>(team)), kernels};
           },
-          nb::arg("threads"), nb::arg("isa"))
+          nb::arg("threads"), nb::arg("isa"), nb::arg("team") = 0,
+          "team: the address of GOMP_parallel in an OpenMP runtime whose threads are to be used; 0: its own.")
       .def_prop_ro("isa", [](const Native& self) { return self.kernels->name; })
       .def_prop_ro("threads", [](const Native& self) { return self.pool.threads(); })
       .def("pack", &pack, nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("source"), nb::arg("packed").noconvert())
       .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual").none(),
            nb::arg("outs").noconvert());
   bind_rest(m, native);
+  bind_training(native);
   bind_adapters(m, native);
   bind_program(m, native);
   bind_bpe(m);

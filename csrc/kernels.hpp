@@ -86,6 +86,33 @@ struct SampleRow {
   float* top_values;        // out [top_logprobs]
 };
 
+// Steps of training between the matrix products. Number: float, or the bits of a bfloat16. Arithmetic is float32. An output may be
+// the input of its shape, in place.
+template <class Number>
+struct TrainingKernels {
+  // x / sqrt(mean(x^2) + eps) * weight by row of x [T, K]; inverse [T] gets what each row was multiplied by
+  void (*norm)(ThreadPool& pool, const Number* x, const float* weight, float eps, int64_t tokens, int64_t columns, Number* out,
+               float* inverse);
+  void (*norm_backward)(ThreadPool& pool, const Number* x, const float* weight, const float* inverse, const Number* gradient,
+                        int64_t tokens, int64_t columns, Number* x_gradient);
+  // every head of x [T, heads * 2 * half] turned by the angles [T, half], or back
+  void (*rotate)(ThreadPool& pool, const Number* x, const float* cosines, const float* sines, bool back, int64_t tokens,
+                 int64_t heads, int64_t half, Number* out);
+  // silu(gate) * up
+  void (*gate)(ThreadPool& pool, const Number* gate, const Number* up, int64_t count, Number* out);
+  void (*gate_backward)(ThreadPool& pool, const Number* gate, const Number* up, const Number* gradient, int64_t count,
+                        Number* gate_gradient, Number* up_gradient);
+  // losses [R] = weight * -log softmax(logits)[target]; logits [R, V] become the losses' gradients where asked
+  void (*cross_entropy)(ThreadPool& pool, Number* logits, const int64_t* targets, const float* weights, int64_t rows,
+                        int64_t vocabulary, bool gradients, float* losses);
+  // scores [n, queries, heads, keys], of which the last query is at the last key's position -> softmax(scale * scores),
+  // causal; scores are overwritten
+  void (*causal_softmax)(ThreadPool& pool, float* scores, float scale, int64_t count, int64_t queries, int64_t heads,
+                         int64_t keys, Number* weights);
+  // gradients of weights [rows, keys] become those of the unscaled scores
+  void (*softmax_backward)(ThreadPool& pool, const Number* weights, float scale, int64_t rows, int64_t keys, Number* gradients);
+};
+
 struct Kernels {
   const char* name;
   // linear.cpp
@@ -104,6 +131,9 @@ struct Kernels {
   void (*rms_norm)(ThreadPool& pool, const float* x, const float* weight, float eps, int64_t tokens, int64_t columns, float* out);
   void (*rope)(ThreadPool& pool, float* x, const float* cosines, const float* sines, int64_t tokens, int heads, int head_dim);
   void (*swiglu)(ThreadPool& pool, const float* gate, const float* up, int64_t tokens, int64_t columns, float* out);
+  // training.cpp
+  const TrainingKernels<float>* (*float32_training)();
+  const TrainingKernels<uint16_t>* (*bfloat16_training)();
   // attention.cpp
   void (*attend)(ThreadPool& pool, const AttendArgs& args);
   // sampling.cpp
@@ -116,8 +146,8 @@ struct Kernels {
 
 // Every kernel of the table, in its order.
 #define PUNA_KERNEL_NAMES(X) \
-  X(pack) X(linears) X(add_low_rank) X(decode_rows) X(encode_rows) X(rms_norm) X(rope) X(swiglu) X(attend) X(sample) \
-  X(read_memory) X(multiply_int8) X(multiply_float32)
+  X(pack) X(linears) X(add_low_rank) X(decode_rows) X(encode_rows) X(rms_norm) X(rope) X(swiglu) X(float32_training) \
+  X(bfloat16_training) X(attend) X(sample) X(read_memory) X(multiply_int8) X(multiply_float32)
 
 // The names of all tables, best first. dispatch.cpp says which of them a machine can run.
 constexpr const char* kInstructionSets[] = {"avx512bf16", "avx512", "avx2", "neon", "portable"};

@@ -41,8 +41,8 @@ bool spin(const Condition& condition) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) : creator_(getpid()) {
-  for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+ThreadPool::ThreadPool(int threads, Team team) : creator_(getpid()), threads_(threads), team_(team) {
+  for (int i = 1; i < threads && !team; i++) workers_.emplace_back([this, i] { work(i); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -55,18 +55,26 @@ ThreadPool::~ThreadPool() {
   for (auto& worker : workers_) worker.join();
 }
 
-int ThreadPool::threads() const { return static_cast<int>(workers_.size()) + 1; }
+int ThreadPool::threads() const { return threads_; }
 
 void ThreadPool::run_erased(int64_t count, int64_t grain, const void* context, Erased task) {
   if (count <= 0) return;
   if (grain < 1) grain = 1;
-  if (workers_.empty() || count <= grain) {
+  if (threads_ == 1 || count <= grain) {
     for (int64_t begin = 0; begin < count; begin += grain) task(context, begin, begin + grain < count ? begin + grain : count, 0);
     return;
   }
   std::lock_guard lock(caller_mutex_);
   context_ = context, task_ = task, count_ = count, grain_ = grain;
   next_.store(0, std::memory_order_relaxed);
+  if (team_) {
+    joined_.store(0, std::memory_order_relaxed);
+    const auto body = [](void* pool) {
+      auto* self = static_cast<ThreadPool*>(pool);
+      self->take_chunks(self->joined_.fetch_add(1, std::memory_order_relaxed));
+    };
+    return team_(body, this, unsigned(threads_), 0);
+  }
   const uint64_t loop = (gate_.load(std::memory_order_relaxed) >> kLoopShift) + 1;
   gate_.store(loop << kLoopShift | kOpen);  // sequentially consistent, against the count of sleepers
   if (sleeping_.load() > 0) wake();

@@ -4,6 +4,9 @@
 // put aside is not waited for unless it holds a chunk. Whoever waits (workers for a loop, the caller for the last chunks) spins for
 // some tens of microseconds, then sleeps.
 // After fork() the child's pool still works, on the calling thread alone (unless a loop was running at that moment).
+//
+// A pool may borrow the threads of an OpenMP runtime instead of having its own: two teams on the same cores stand in each other's
+// way, for each spins for its next loop.
 #pragma once
 
 #include <atomic>
@@ -16,7 +19,10 @@ namespace puna {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);
+  // GOMP_parallel of GNU's OpenMP runtime: calls body(context) on `threads` threads, the caller among them.
+  using Team = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+
+  explicit ThreadPool(int threads, Team team = nullptr);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -58,6 +64,9 @@ class ThreadPool {
   std::mutex caller_mutex_;
   std::vector<std::thread> workers_;
   long creator_;
+  const int threads_;
+  const Team team_;
+  std::atomic<int> joined_{0};  // threads of the team that have come to this loop
 };
 
 }  // namespace puna

@@ -81,6 +81,15 @@ class NativeKVCache:
     native: Any
 
 
+def instruction_set(name: str | None = None) -> str:
+    """The kernels of that name, by default what PUNA_ISA says, else the best this machine has. Raises RequestError."""
+    known: list[str] = _native.instruction_sets()
+    name = name or os.environ.get("PUNA_ISA") or known[0]
+    if name not in known:
+        raise RequestError(f"this machine cannot run {name!r} kernels; it has {', '.join(known)} (see PUNA_ISA)")
+    return name
+
+
 class NativeOps:
     """Weights stay in their encoding; activations are quantized to int8 in groups of 32 where the weights are, and
     rounded to bfloat16 for bfloat16 weights where the instructions multiply those (``avx512bf16``).
@@ -96,11 +105,7 @@ class NativeOps:
     panel_layout: int = _native.panel_layout
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
-        known = _native.instruction_sets()
-        isa = isa or os.environ.get("PUNA_ISA") or known[0]
-        if isa not in known:
-            raise RequestError(f"this machine cannot run {isa!r} kernels; it has {', '.join(known)} (see PUNA_ISA)")
-        self._native = _native.Native(threads or default_threads(), isa)
+        self._native = _native.Native(threads or default_threads(), instruction_set(isa))
         self._panel_memory = _PanelMemory()
         self._adapters: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
         self.threads: int = self._native.threads

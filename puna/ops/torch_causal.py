@@ -13,46 +13,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puna.ops.torch_functions import causal_softmax, causal_softmax_backward
+
 _QUERIES = 128  # positions in a block: more compute more of what causality hides, fewer make smaller products
+_KEPT = 512  # length of the longest documents whose weights are kept: a few hundred numbers for a token and head
 _NUMBERS = 1 << 22  # of weights at a time, so that memory does not grow with the documents
 
 
 class CausalAttention(torch.autograd.Function):
     """q [documents, length, heads, d], k and v [documents, length, key heads, d] -> as q.
 
-    Weights are computed in float32 at least, of a block of queries at a time, and again in the backward pass: only q, k
-    and v are kept.
+    Scores are float32 at least, of a block of queries at a time. Weights are kept for the backward pass where documents
+    are short, else computed again there.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.documents, key_heads = len(q), k.shape[2]
         q, k, v = _by_key_head(q, key_heads), _by_key_head(k, key_heads)[:, :, 0], _by_key_head(v, key_heads)[:, :, 0]
-        ctx.save_for_backward(q, k, v)
-        out, wide_k = torch.empty_like(q), k.to(_wide(k))
+        out, wide_k, kept = torch.empty_like(q), k.to(_wide(k)), []
         for part, rows, seen in _blocks(q):
-            weights = _weights(q[part, rows], wide_k[part, seen]).to(v.dtype)
-            out[part, rows] = torch.bmm(weights, v[part, seen]).view(out[part, rows].shape)
+            weights = _weights(q[part, rows], wide_k[part, seen])
+            out[part, rows] = torch.bmm(weights.flatten(1, 2), v[part, seen]).view(out[part, rows].shape)
+            if q.shape[1] <= _KEPT:
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
         return _by_position(out, ctx.documents)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        q, k, v = ctx.saved_tensors
-        scale, wide = q.shape[-1] ** -0.5, _wide(q)
+        q, k, v, *kept = ctx.saved_tensors
+        wide = _wide(q)
         gradient = _by_key_head(gradient, len(k) // ctx.documents)
         wide_k, q_gradient = k.to(wide), torch.empty_like(q)
         k_gradient, v_gradient = torch.zeros_like(wide_k), torch.zeros_like(wide_k)
-        for part, rows, seen in _blocks(q):
+        for number, (part, rows, seen) in enumerate(_blocks(q)):
             queries, out_gradient = q[part, rows], gradient[part, rows].flatten(1, 2)
-            weights = _weights(queries, wide_k[part, seen])
-            v_gradient[part, seen] += torch.bmm(weights.to(v.dtype).mT, out_gradient)
-            weights_gradient = torch.bmm(out_gradient, v[part, seen].mT).to(wide)
-            scores_gradient = torch.ops.aten._softmax_backward_data(weights_gradient, weights, -1, wide).to(q.dtype)
-            q_gradient[part, rows] = torch.bmm(scores_gradient, k[part, seen]).view(queries.shape).mul_(scale)
+            weights = kept[number] if kept else _weights(queries, wide_k[part, seen])
+            v_gradient[part, seen] += torch.bmm(weights.flatten(1, 2).mT, out_gradient)
+            weights_gradient = torch.bmm(out_gradient, v[part, seen].mT).view(weights.shape)
+            scores_gradient = causal_softmax_backward(weights, weights_gradient, q.shape[-1] ** -0.5).flatten(1, 2)
+            q_gradient[part, rows] = torch.bmm(scores_gradient, k[part, seen]).view(queries.shape)
             k_gradient[part, seen] += torch.bmm(scores_gradient.mT, queries.flatten(1, 2))
-        k_gradient *= scale
         gradients = (q_gradient, k_gradient.to(k.dtype)[:, :, None], v_gradient.to(v.dtype)[:, :, None])
         return tuple(_by_position(x, ctx.documents) for x in gradients)
+
+
+def kept_weights(length: int) -> float:
+    """At most how many weights of a token and head are kept for the backward pass, where no document is longer."""
+    return (min(length, _KEPT) + _QUERIES) / 2
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -84,9 +93,7 @@ def _blocks(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def _weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """[n, queries · heads, keys] of queries [n, queries, heads, d], the last of which is at the last key's position."""
+    """[n, queries, heads, keys] of queries [n, queries, heads, d], the last of which is at the last key's position."""
     n, count, heads, size = queries.shape
-    scores = torch.bmm(queries.flatten(1, 2).to(keys.dtype) * size**-0.5, keys.mT)
-    hidden = torch.full((count, count), float("-inf"), dtype=keys.dtype, device=keys.device).triu_(1)
-    scores.view(n, count, heads, -1)[..., -count:] += hidden[:, None]
-    return torch.softmax(scores, -1)
+    scores = torch.bmm(queries.flatten(1, 2).to(keys.dtype), keys.mT).view(n, count, heads, -1)
+    return causal_softmax(scores, size**-0.5, queries.dtype)

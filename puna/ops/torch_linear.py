@@ -71,6 +71,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, parts: list[_Part], *parameters: Tensor | None) -> Any:
         bases, downs, ups = parameters[::3], parameters[1::3], parameters[2::3]
+        ups = tuple(None if up is None else up.to(x.dtype) for up in ups)
         reduced = None
         if (down := _stacked(downs, x.dtype)) is not None:
             reduced = x @ down.T
@@ -82,21 +83,24 @@ class _Products(torch.autograd.Function):
                 y += residual
             if up is not None and reduced is not None:
                 rank = up.shape[1]
-                y.addmm_(reduced[:, at : at + rank], up.to(x.dtype).T, alpha=part.scale)
+                y.addmm_(reduced[:, at : at + rank], up.T, alpha=part.scale)
                 at += rank
             outs.append(y)
         needed = ctx.needs_input_grad[3:]
         keeps_x = any(needed[0::3]) or any(needed[1::3])
         ctx.parts, ctx.dtype = parts, x.dtype
-        ctx.save_for_backward(x if keeps_x else None, reduced if any(needed[2::3]) else None, *parameters)
+        ctx.ranks = [0 if a is None else len(a) for a in downs]
+        kept_reduced = reduced if any(needed[2::3]) else None
+        ctx.save_for_backward(x if keeps_x else None, kept_reduced, down, *bases, *ups)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, reduced, *parameters = ctx.saved_tensors
-        bases, downs, ups = parameters[::3], parameters[1::3], parameters[2::3]
+        x, reduced, down, *matrices = ctx.saved_tensors
+        bases, ups = matrices[: len(ctx.parts)], matrices[len(ctx.parts) :]
+        wide = torch.promote_types(ctx.dtype, torch.float32)
         x_gradient: Tensor | None = None
-        found: list[Tensor | None] = [None] * len(parameters)
+        found: list[Tensor | None] = [None] * (3 * len(ctx.parts))
         reduced_gradients, at = [], 0
         for i, (gradient, part, base, up) in enumerate(zip(gradients, ctx.parts, bases, ups, strict=True)):
             if ctx.needs_input_grad[0]:
@@ -107,17 +111,17 @@ class _Products(torch.autograd.Function):
                 found[3 * i] = (gradient.T @ x).to(base.dtype)
             if up is None:
                 continue
-            rank = up.shape[1]
-            reduced_gradients.append(part.scale * (gradient @ up.to(ctx.dtype)))
+            rank = ctx.ranks[i]
+            reduced_gradients.append(part.scale * (gradient @ up))
             if ctx.needs_input_grad[5 + 3 * i]:
-                found[3 * i + 2] = (gradient.T @ reduced[:, at : at + rank]).to(up.dtype).mul_(part.scale)
+                found[3 * i + 2] = (gradient.T @ reduced[:, at : at + rank]).to(wide).mul_(part.scale)
             at += rank
-        if (down := _stacked(downs, ctx.dtype)) is not None:
+        if down is not None:
             reduced_gradient = torch.cat(reduced_gradients, 1)
             if x_gradient is not None:
                 x_gradient.addmm_(reduced_gradient, down)
             if x is not None:
-                _spread(reduced_gradient.T @ x, downs, found)
+                found[1::3] = _split(reduced_gradient.T @ x, ctx.ranks)
         residual_gradient = None
         if ctx.needs_input_grad[1]:
             residual_gradient = gradients[0] if len(gradients) == 1 else sum(gradients)
@@ -151,10 +155,6 @@ def _stacked(downs: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | Non
     return torch.cat(there).to(dtype) if there else None
 
 
-def _spread(stacked: Tensor, downs: Sequence[Tensor | None], found: list[Tensor | None]) -> None:
-    """The gradients of all A, into their places."""
-    at = 0
-    for i, a in enumerate(downs):
-        if a is not None:
-            found[3 * i + 1] = stacked[at : at + len(a)].to(a.dtype)
-            at += len(a)
+def _split(stacked: Tensor, ranks: Sequence[int]) -> list[Tensor | None]:
+    """The gradients of all A, None where there is none."""
+    return [part if len(part) else None for part in torch.split(stacked, list(ranks))]

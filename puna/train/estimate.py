@@ -15,9 +15,10 @@ from puna.checkpoint import Checkpoint
 from puna.config import ModelConfig
 from puna.errors import CapacityError
 from puna.model.shapes import flops_per_token, tensor_shapes
+from puna.ops.torch_causal import kept_weights
 from puna.ops.torch_weights import FLOAT_DTYPES
 from puna.tensor import quant_type
-from puna.train.losses import CHUNK_NUMBERS
+from puna.train.losses import CHUNK_BYTES
 from puna.train.module import Full, is_target
 from puna.train.optimizers import state_bytes
 from puna.train.plan import Plan
@@ -88,13 +89,16 @@ def estimate(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, processes: int 
     kept, largest = _frozen(recipe, checkpoint, dtype)
     documents = {"documents": 1, "prompts": plan.answers}.get(recipe.rows, 2 * plan.answers)
     tokens = documents * plan.length
-    numbers = math.ceil(tokens * _kept_numbers(config, 0 if isinstance(method, Full) else method.rank))
+    of_token = _kept_numbers(config, 0 if isinstance(method, Full) else method.rank)
+    if plan.device == "cpu" and dtype == torch.bfloat16:
+        of_token += config.num_attention_heads * kept_weights(plan.length)
+    numbers = math.ceil(tokens * of_token)
     layer = numbers * dtype.itemsize
     between = tokens * config.hidden_size * dtype.itemsize
     layers = config.num_hidden_layers
     activations = layers * between + layer if plan.recompute else layers * layer
     head = config.vocab_size * config.hidden_size
-    loss = 3 * min(CHUNK_NUMBERS, tokens * config.vocab_size) * 4 + 3 * between
+    loss = 3 * min(CHUNK_BYTES, tokens * config.vocab_size * 4) + 3 * between
     loss += head * (master if isinstance(method, Full) else dtype.itemsize)
     own = trained * master // processes
     on_one = processes if plan.device == "cpu" else 1  # who share its memory

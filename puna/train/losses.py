@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_NUMBERS = 1 << 24  # of logits at once: 64 MB in float32
+from puna.ops.torch_native import array, training_kernels
+
+CHUNK_BYTES = 64 << 20  # of logits at once
 _CACHED_NUMBERS = 1 << 19  # 2 MB
 
 
@@ -89,13 +91,13 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = _rows_at_once(rows, columns)
+def _chunks(rows: int, columns: int, number_bytes: int = 4) -> Iterator[slice]:
+    step = _rows_at_once(rows, columns, number_bytes)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _rows_at_once(rows: int, columns: int) -> int:
-    return max(1, min(rows, CHUNK_NUMBERS // columns))
+def _rows_at_once(rows: int, columns: int, number_bytes: int) -> int:
+    return max(1, min(rows, CHUNK_BYTES // (columns * number_bytes)))
 
 
 def _to_gradients(logits: Tensor, targets: Tensor, weights: Tensor, gradients: bool) -> Tensor:
@@ -103,6 +105,10 @@ def _to_gradients(logits: Tensor, targets: Tensor, weights: Tensor, gradients: b
 
     So few rows at a time that they stay in the processor's cache from the first pass over them to the last.
     """
+    if weights.dtype == torch.float32 and (kernels := training_kernels(logits)):
+        losses = torch.empty_like(weights)
+        kernels.cross_entropy(array(logits), array(targets), array(weights), gradients, array(losses))
+        return losses.sum()
     loss = torch.zeros((), dtype=weights.dtype, device=logits.device)
     step = max(1, _CACHED_NUMBERS // logits.shape[1])
     for start in range(0, len(logits), step):
@@ -129,8 +135,9 @@ class _CrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if needed[0] else None
         head_gradient = torch.zeros_like(head, dtype=dtype) if needed[1] else None
         # One buffer for all chunks: fresh memory costs more than the arithmetic does.
-        buffer = hidden.new_empty(_rows_at_once(len(hidden), len(head)), len(head))
-        for chunk in _chunks(len(hidden), len(head)):
+        size = len(hidden), len(head), hidden.element_size()
+        buffer = hidden.new_empty(_rows_at_once(*size), len(head))
+        for chunk in _chunks(*size):
             rows = hidden[chunk]
             logits = torch.mm(rows, head.T, out=buffer[: len(rows)])
             loss += _to_gradients(logits, targets[chunk], weights[chunk].to(dtype), any(needed))

@@ -38,7 +38,7 @@ def problem(rows: int = 23, columns: int = 11) -> tuple[torch.Tensor, ...]:
 class TestByChunks:
     @pytest.fixture(autouse=True)
     def _chunks(self, monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
-        monkeypatch.setattr(losses, "CHUNK_NUMBERS", 11 * rows_at_once)
+        monkeypatch.setattr(losses, "CHUNK_BYTES", 88 * rows_at_once)
 
     def test_cross_entropy_is_exact(self) -> None:
         hidden, head, targets, weights = problem()
