@@ -74,11 +74,11 @@ class _Products(torch.autograd.Function):
         ups = tuple(None if up is None else up.to(x.dtype) for up in ups)
         reduced = None
         if (down := _stacked(downs, x.dtype)) is not None:
-            reduced = x @ down.T
+            reduced = times(x, down)
         outs, at = [], 0
         for part, base, up in zip(parts, bases, ups, strict=True):
             matrix = _numbers(part, base, x.dtype)
-            y = _times(x, matrix)
+            y = times(x, matrix)
             if residual is not None:
                 y += residual
             if up is not None and reduced is not None:
@@ -105,14 +105,14 @@ class _Products(torch.autograd.Function):
         for i, (gradient, part, base, up) in enumerate(zip(gradients, ctx.parts, bases, ups, strict=True)):
             if ctx.needs_input_grad[0]:
                 matrix = _numbers(part, base, ctx.dtype)
-                part_gradient = _times(gradient, matrix.T)
+                part_gradient = times(gradient, matrix.T)
                 x_gradient = part_gradient if x_gradient is None else x_gradient.add_(part_gradient)
             if ctx.needs_input_grad[3 + 3 * i]:
                 found[3 * i] = (gradient.T @ x).to(base.dtype)
             if up is None:
                 continue
             rank = ctx.ranks[i]
-            reduced_gradients.append(part.scale * (gradient @ up))
+            reduced_gradients.append(part.scale * times(gradient, up.T))
             if ctx.needs_input_grad[5 + 3 * i]:
                 found[3 * i + 2] = (gradient.T @ reduced[:, at : at + rank]).to(wide).mul_(part.scale)
             at += rank
@@ -131,15 +131,16 @@ class _Products(torch.autograd.Function):
 _ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x · matrixᵀ, without gradients.
+def times(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """x · matrixᵀ, without gradients, in ``out`` where the operator can write there.
 
-    torch gives float32 to MKL, which leaves a tenth of an AMD processor unused, where oneDNN does not.
+    torch gives float32 to MKL, which leaves a tenth of an AMD processor unused, and a third in the shape of a head,
+    where oneDNN does not.
     """
     if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
         return product
-    return x @ matrix.T
+    return torch.mm(x, matrix.T, out=out)
 
 
 def _numbers(part: _Part, base: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from puna.ops.torch_linear import times
 from puna.ops.torch_native import array, training_kernels
 
 CHUNK_BYTES = 64 << 20  # of logits at once
@@ -139,10 +140,10 @@ class _CrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(_rows_at_once(*size), len(head))
         for chunk in _chunks(*size):
             rows = hidden[chunk]
-            logits = torch.mm(rows, head.T, out=buffer[: len(rows)])
+            logits = times(rows, head, buffer[: len(rows)])
             loss += _to_gradients(logits, targets[chunk], weights[chunk].to(dtype), any(needed))
             if hidden_gradient is not None:
-                torch.mm(logits, head, out=hidden_gradient[chunk])
+                hidden_gradient[chunk] = times(logits, head.T)
             if head_gradient is None:
                 continue
             if head_gradient.dtype == rows.dtype:
