@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, float | int]] = {
     "min-p 0.05": {"temperature": 1.0, "min_p": 0.05},
     "top-p 0.95": {"temperature": 1.0, "top_p": 0.95},
     "plain": {"temperature": 1.0},
+    "plain, t 0.7": {"temperature": 0.7},
     "greedy, 20 log probabilities": {"temperature": 0.0, "top_logprobs": 20},
 }
 RUNS = 200

@@ -88,6 +88,8 @@ inline void store_half(uint16_t* p, Vec v) {
 inline Vec zero_where_less(Vec x, Vec limit, Vec v) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), v);
 }
+// Bit i is set where lane i of x is >= that of the bound.
+inline uint32_t at_least(Vec x, Vec bound) { return _mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ); }
 using IntVec = __m512i;
 inline IntVec round_to_int(Vec v) { return _mm512_cvtps_epi32(v); }
 inline Vec to_float(IntVec v) { return _mm512_cvtepi32_ps(v); }
@@ -130,6 +132,7 @@ inline void store_half(uint16_t* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline Vec zero_where_less(Vec x, Vec limit, Vec v) { return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ), v); }
+inline uint32_t at_least(Vec x, Vec bound) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x, bound, _CMP_GE_OQ))); }
 using IntVec = __m256i;
 inline IntVec round_to_int(Vec v) { return _mm256_cvtps_epi32(v); }
 inline Vec to_float(IntVec v) { return _mm256_cvtepi32_ps(v); }
@@ -170,6 +173,10 @@ inline float reduce_max(Vec v) {
   return a > b ? a : b;
 }
 inline Vec zero_where_less(Vec x, Vec limit, Vec v) { return x < limit ? Vec{} : v; }
+inline uint32_t at_least(Vec x, Vec bound) {
+  const IntVec bits = (x >= bound) & IntVec{1, 2, 4, 8};
+  return uint32_t((bits[0] | bits[1]) | (bits[2] | bits[3]));
+}
 inline Vec to_float(IntVec v) { return __builtin_convertvector(v, Vec); }
 inline Vec power_of_two(IntVec n) { return bit_cast<Vec>((n + 127) << 23); }
 

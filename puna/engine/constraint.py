@@ -20,8 +20,9 @@ from puna.engine.request import Constraint, ConstraintState
 from puna.engine.spelling import spelling
 from puna.errors import RequestError
 
-# Between JSON's tokens. Without a bound, a small model may go on with blanks until the context is full.
-WHITESPACE = r"[ \t\r\n]{0,40}"
+# Between JSON's tokens: perhaps a space, perhaps a line end and indentation. Without a bound a small model,
+# or any by chance, may spend all its tokens on blanks.
+WHITESPACE = r" ?(\r?\n[ \t]{0,24})?"
 
 
 class Vocabulary(Protocol):

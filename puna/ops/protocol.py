@@ -58,8 +58,8 @@ class SamplingRow:
     Applied in this order, as transformers' logits processors do: ``repeat_penalty`` (Keskar et al. 2019),
     ``frequency_penalty`` and ``presence_penalty`` (OpenAI) over ``history`` (int32 ids), ``bias``, ``allowed``; then
     ``temperature``, ``top_k`` (0: off), ``top_p``, ``min_p``, ``typical_p``; then the token at cumulative probability
-    ``uniform`` in [0, 1), tokens taken in descending probability (ties: lower id first). Temperature 0 takes the most
-    probable token. ``allowed`` is a bit mask, uint32[ceil(V / 32)], bit i % 32 of word i // 32 set when token i may
+    ``uniform`` in [0, 1), tokens taken in order of their ids. Temperature 0 takes the most probable token (ties: the
+    lowest id). ``allowed`` is a bit mask, uint32[ceil(V / 32)], bit i % 32 of word i // 32 set when token i may
     be chosen. ``top_logprobs`` asks for that many of the most probable tokens, from the raw logits (before any of the
     above).
     """

@@ -1,7 +1,8 @@
-"""Sampling in numpy: the executable specification of ``Ops.sample``; the native kernel gives the same tokens.
+"""Sampling in numpy: the executable specification of ``Ops.sample``; the native kernel follows it.
 
-The order of tokens is decided on float32 logits and everything after that is float64, so that two implementations
-disagree only where probabilities differ by a rounding error of float64. A SamplingRow's numbers are taken as float32.
+The order of tokens is decided on float32 logits and everything after that is float64. The native kernel sums masses of
+many tokens in float32, so it may disagree where ``uniform`` or ``top_p`` is within such a rounding (1e-6) of the
+boundary between two tokens. A SamplingRow's numbers are taken as float32.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def _sample_row(raw: NDArray[np.float32], row: SamplingRow) -> Sampled:
     ids, weights = _candidates(adjust_logits(raw, row), row)
     token = -1
     if len(ids):
-        cumulative = np.cumsum(weights)
+        order = np.argsort(ids)
+        cumulative = np.cumsum(weights[order])
         chosen = np.searchsorted(cumulative, row.uniform * cumulative[-1], side="right")
-        token = int(ids[min(chosen, len(ids) - 1)])
+        token = int(ids[order[min(chosen, len(ids) - 1)]])
     logprobs = np.maximum(raw.astype(np.float64) - _log_sum_exp(raw), -float(LARGEST))
     order = np.argsort(-raw, kind="stable")[: row.top_logprobs]
     top = [(int(i), float(logprobs[i])) for i in order if raw[i] > -np.inf]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonschema
 import numpy as np
@@ -83,6 +83,56 @@ def test_choice(choices: list[str]) -> None:
     constraint = compiler().choice(choices)
     assert all(accepts(constraint, choice) for choice in choices)
     assert not any(accepts(constraint, text) for text in ("", "c", "ax", choices[0] + choices[1]))
+
+
+class TestWhiteSpace:
+    """Between JSON's tokens: as json.dumps writes it in any of its styles, but no run in which an answer could end."""
+
+    VALUE: ClassVar = {"a": [1, {"b": []}, "x"], "c": {"d": None, "e": {"f": {"g": 1.5}}}}
+    PLACES = ("{", '{"a"', '{"a":', '{"a":[', '{"a":[1', '{"a":[1,', '{"a":[1]', '{"a":[1],')
+
+    @pytest.fixture(params=["object", "schema", "own-override"])
+    def constraint(self, request: pytest.FixtureRequest) -> Constraint:
+        if request.param == "object":
+            return compiler().json_object()
+        schema: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "array"}, "c": {"type": "object"}}}
+        if request.param == "own-override":  # llguidance's own keyword
+            schema["x-guidance"] = {"whitespace_flexible": True}
+        return compiler().json_schema(schema)
+
+    @pytest.mark.parametrize("indent", [None, 0, 2, 4, "\t"])
+    @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (",", ": ")])
+    def test_common_styles_are_accepted(self, constraint: Constraint, indent: Any, separators: Any) -> None:
+        text = json.dumps(self.VALUE, indent=indent, separators=separators)
+        assert accepts(constraint, text)
+        assert accepts(constraint, text.replace("\n", "\r\n"))
+
+    @pytest.mark.parametrize("blanks", ["  ", "\t", "\n\n", " \n\n", "\r ", "\n" + 25 * " ", "\n  \n"], ids=repr)
+    def test_longer_runs_are_refused_everywhere(self, constraint: Constraint, blanks: str) -> None:
+        for begun in self.PLACES:
+            state = constraint.start()
+            for byte in (begun + blanks[:-1]).encode():
+                if byte not in allowed_ids(state):
+                    break
+                state.accept(byte)
+            else:
+                assert ord(blanks[-1]) not in allowed_ids(state), begun
+
+    def test_no_choice_of_blanks_goes_on(self, constraint: Constraint) -> None:
+        for begun in self.PLACES:
+            for blank in b" \t\n\r":
+                state = constraint.start()
+                for byte in begun.encode():
+                    state.accept(byte)
+                run = 0
+                while blanks := allowed_ids(state) & set(b" \t\n\r"):
+                    state.accept(blank if blank in blanks else min(blanks))
+                    run += 1
+                    assert run <= 27
+
+    def test_none_before_or_after_the_value(self, constraint: Constraint) -> None:
+        assert not accepts(constraint, ' {"a": [1]}')
+        assert not accepts(constraint, '{"a": [1]}\n')
 
 
 class TestMistakes:

@@ -75,11 +75,18 @@ def test_filters_leave_the_distribution_that_transformers_leaves(row, seed):
     assert set(np.flatnonzero(got)) <= set(np.flatnonzero(expected))
 
 
-def test_tokens_are_taken_in_descending_probability_and_ties_by_id():
+def test_tokens_are_taken_in_order_of_their_ids():
     logits = np.log([0.1, 0.3, 0.2, 0.3, 0.1])
-    intervals = [(0.0, 1), (0.29, 1), (0.31, 3), (0.59, 3), (0.61, 2), (0.79, 2), (0.81, 0), (0.89, 0), (0.91, 4)]
+    intervals = [(0.0, 0), (0.09, 0), (0.11, 1), (0.39, 1), (0.41, 2), (0.59, 2), (0.61, 3), (0.89, 3), (0.91, 4)]
     for uniform, token in [*intervals, (math.nextafter(1, 0), 4)]:
         assert one(logits, temperature=1.0, uniform=uniform).token == token
+
+
+def test_what_filters_leave_is_taken_in_order_of_ids_too():
+    logits = np.log([0.1, 0.3, 0.2, 0.35, 0.05])
+    for kept in ({"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.5}, {"top_k": 3, "typical_p": 0.99}):
+        for uniform, token in [(0.0, 1), (0.34, 1), (0.36, 2), (0.57, 2), (0.6, 3), (0.99, 3)]:
+            assert one(logits, temperature=1.0, uniform=uniform, **kept).token == token
 
 
 def test_zero_temperature_takes_the_first_of_the_most_probable():
