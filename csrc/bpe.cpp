@@ -98,10 +98,18 @@ struct Merge {
 // Merges by the ids of their two pieces; a merge's rank is its place in the order they were added.
 class Merges {
  public:
-  Merges(size_t count, uint64_t key) : key_(key), slots_(table_size(count), kNone) { merges_.reserve(count); }
+  Merges(size_t count, uint64_t key) : key_(key), count_(count) {}
+
+  // Makes room for the count that was promised.
+  void clear() {
+    merges_.clear();
+    merges_.reserve(count_);
+    slots_.assign(table_size(count_), kNone);
+  }
 
   // A pair that is given twice has its last rank, as in Hugging Face's tokenizers.
   void add(const Merge& merge) {
+    check(merges_.size() < count_, "Bpe: there are more merges than said");
     slots_[find_slot(merge.left, merge.right)] = uint32_t(merges_.size());
     merges_.push_back(merge);
   }
@@ -118,6 +126,7 @@ class Merges {
   }
 
   uint64_t key_;
+  size_t count_;
   std::vector<uint32_t> slots_;
   std::vector<Merge> merges_;
 };
@@ -174,7 +183,7 @@ class Bpe {
   // pieces: str by id, where `hidden` holds a nonzero byte for those that no text may spell; merges, in order of priority: a list
   // of (left, right), or bytes with `merge_count` strings "left right" as GGUF files spell them.
   Bpe(const nb::list& pieces, const nb::bytes& hidden, const nb::object& merges, size_t merge_count, bool whole_words)
-      : pieces_(nb::len(pieces), random_key()), merges_(merge_count, random_key()), whole_words_(whole_words) {
+      : pieces_(nb::len(pieces), random_key()), spelled_merges_(merges), merges_(merge_count, random_key()), whole_words_(whole_words) {
     check(hidden.size() == nb::len(pieces), "Bpe: one byte for each piece is needed");
     check(nb::len(pieces) < kNone && merge_count < kNone, "Bpe: too many pieces or merges");
     uint32_t id = 0;
@@ -182,14 +191,12 @@ class Bpe {
       if (!hidden.c_str()[id]) check(pieces_.add(id, text_of(piece)), "Bpe: a piece is given twice");
       ++id;
     }
-    if (PyBytes_Check(merges.ptr())) {
-      add_joined_merges(nb::borrow<nb::bytes>(merges), merge_count);
-    } else {
-      for (nb::handle merge : merges) add_pair(merge);
-    }
+    // Reading merges takes longer than all else, and where whole words are looked up first, many a prompt does without.
+    if (!whole_words || !PyBytes_Check(merges.ptr())) read_merges();
   }
 
-  // The ids of words, each merged on its own. Characters that are no piece are left out.
+  // The ids of words, each merged on its own. Characters that are no piece are left out. Throws for merges of what is no piece,
+  // where the first word that needs them has them read.
   nb::list encode(const nb::list& words) {
     nb::list ids;
     for (nb::handle object : words) {
@@ -199,6 +206,7 @@ class Bpe {
         ids.append(whole);
         continue;
       }
+      if (spelled_merges_.is_valid()) read_merges();
       merge_word(word);
       for (uint32_t i = 0; i != kNone && i < symbols_.size(); i = symbols_[i].next) ids.append(symbols_[i].id);
     }
@@ -216,20 +224,24 @@ class Bpe {
     }
   };
 
+  void read_merges() {
+    merges_.clear();  // of an attempt that failed
+    if (PyBytes_Check(spelled_merges_.ptr())) {
+      Strings strings{PyBytes_AS_STRING(spelled_merges_.ptr()), 0, size_t(PyBytes_GET_SIZE(spelled_merges_.ptr()))};
+      for (std::string_view both; strings.next(both);) {
+        const size_t space = both.find(' ');
+        if (space == both.npos || space == 0 || space + 1 == both.size()) fail(both, " is not a pair of tokens");
+        add_merge(both.substr(0, space), both.substr(space + 1));
+      }
+    } else {
+      for (nb::handle merge : spelled_merges_) add_pair(merge);
+    }
+    spelled_merges_.reset();
+  }
+
   void add_pair(nb::handle merge) {
     check(PyTuple_Check(merge.ptr()) && nb::len(merge) == 2, "Bpe: a merge is not a pair of pieces");
     add_merge(text_of(merge[0]), text_of(merge[1]));
-  }
-
-  void add_joined_merges(const nb::bytes& merges, size_t count) {
-    Strings strings{merges.c_str(), 0, merges.size()};
-    for (size_t i = 0; i < count; ++i) {
-      std::string_view both;
-      check(strings.next(both), "Bpe: there are fewer merges than said");
-      const size_t space = both.find(' ');
-      if (space == both.npos || space == 0 || space + 1 == both.size()) fail(both, " is not a pair of tokens");
-      add_merge(both.substr(0, space), both.substr(space + 1));
-    }
   }
 
   void add_merge(std::string_view left, std::string_view right) {
@@ -276,6 +288,7 @@ class Bpe {
   }
 
   Pieces pieces_;
+  nb::object spelled_merges_;  // until they have been read
   Merges merges_;
   bool whole_words_;
   std::string joined_;

@@ -22,6 +22,7 @@ import numpy as np
 
 from puna.errors import CheckpointError
 from puna.tensor import QUANT_TYPES, Weight
+from puna.tensor.mapped import drop_mapped_pages
 
 try:
     from puna._native import read_strings, skip_strings
@@ -185,7 +186,9 @@ def _read_part(path: Path) -> GGUFFile:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise CheckpointError(f"{path}: general.alignment must be a power of two, found {alignment!r}")
-    return GGUFFile(path, metadata, reader.tensors(tensor_count, alignment))
+    file = GGUFFile(path, metadata, reader.tensors(tensor_count, alignment))
+    drop_mapped_pages(np.frombuffer(buffer, np.uint8, reader.at))  # the header is not looked at again
+    return file
 
 
 class _Reader:

@@ -32,7 +32,7 @@ Floats = NDArray[np.float32]
 Angles = tuple[Floats, Floats]
 ALIGNMENT = 64
 MAPPING_BYTES = 32 << 20
-PACKED_AT_ONCE = 16 << 20
+PACKED_AT_ONCE = 4 << 20
 PANEL_ROWS = 16  # of csrc/panel.hpp
 # Python's default is memory to share with child processes, for which Linux seldom gives large pages.
 _OWN_MEMORY = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}

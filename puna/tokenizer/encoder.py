@@ -39,7 +39,11 @@ def _native_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
         raise TokenizerError(f"the vocabulary is inconsistent: {error}") from error
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = bpe.encode([word for word, _ in cutter.pre_tokenize_str(text)])
+        words = [word for word, _ in cutter.pre_tokenize_str(text)]
+        try:
+            ids: list[int] = bpe.encode(words)
+        except ValueError as error:
+            raise TokenizerError(f"the vocabulary is inconsistent: {error}") from error
         return ids
 
     return encode
