@@ -186,9 +186,9 @@ def _read_part(path: Path) -> GGUFFile:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise CheckpointError(f"{path}: general.alignment must be a power of two, found {alignment!r}")
-    file = GGUFFile(path, metadata, reader.tensors(tensor_count, alignment))
+    tensors = reader.tensors(tensor_count, alignment)
     drop_mapped_pages(np.frombuffer(buffer, np.uint8, reader.at))  # the header is not looked at again
-    return file
+    return GGUFFile(path, metadata, tensors)
 
 
 class _Reader:
