@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from compileall import compile_dir
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+import puna
 from bench.models import costs, model_path
 from puna.cli.compare import Work, run_puna
 from puna.cli.llama_cpp import find_program
@@ -50,6 +52,7 @@ def start(folder: Path, threads: int, rounds: int) -> list[Finding]:
 
 
 def _start(path: Path, packed: Path, threads: int, rounds: int) -> list[Finding]:
+    compile_dir(Path(puna.__file__).parent, quiet=2)  # as installing does; a checkout may have it forbidden
     _read_through(path)
     subprocess.run(
         [sys.executable, "-m", "puna", "pack", str(path), "--out", str(packed)], check=True, capture_output=True
@@ -57,23 +60,11 @@ def _start(path: Path, packed: Path, threads: int, rounds: int) -> list[Finding]
     _read_through(packed)
     common = ["-m", str(path), "-p", "Hello", "-n", "1", "-t", str(threads), "-c", str(START_CONTEXT), "--temp", "0"]
     peer = [str(find_program("llama-completion")), *common, "-no-cnv", "--no-warmup"]
-    puna = [
-        sys.executable,
-        "-m",
-        "puna",
-        "run",
-        str(path),
-        "Hello",
-        "--raw",
-        "--num-predict",
-        "1",
-        "--temperature",
-        "0",
-    ]
-    puna += ["--context-length", str(START_CONTEXT), "--threads", str(threads)]
+    run = [sys.executable, "-m", "puna", "run", str(path), "Hello", "--raw", "--num-predict", "1", "--temperature", "0"]
+    run += ["--context-length", str(START_CONTEXT), "--threads", str(threads)]
     commands = {
-        "puna": [*puna, "--no-packed"],
-        "puna, packed": [*puna, "--packed", str(packed)],
+        "puna": [*run, "--no-packed"],
+        "puna, packed": [*run, "--packed", str(packed)],
         "llama.cpp, repack on": [*peer, "--repack"],
         "llama.cpp, repack off": [*peer, "--no-repack"],
     }

@@ -98,10 +98,18 @@ struct Merge {
 // Merges by the ids of their two pieces; a merge's rank is its place in the order they were added.
 class Merges {
  public:
-  Merges(size_t count, uint64_t key) : key_(key), slots_(table_size(count), kNone) { merges_.reserve(count); }
+  Merges(size_t count, uint64_t key) : key_(key), count_(count) {}
+
+  // Makes room for the count that was promised.
+  void clear() {
+    merges_.clear();
+    merges_.reserve(count_);
+    slots_.assign(table_size(count_), kNone);
+  }
 
   // A pair that is given twice has its last rank, as in Hugging Face's tokenizers.
   void add(const Merge& merge) {
+    check(merges_.size() < count_, "Bpe: there are more merges than said");
     slots_[find_slot(merge.left, merge.right)] = uint32_t(merges_.size());
     merges_.push_back(merge);
   }
@@ -118,6 +126,7 @@ class Merges {
   }
 
   uint64_t key_;
+  size_t count_;
   std::vector<uint32_t> slots_;
   std::vector<Merge> merges_;
 };
@@ -127,27 +136,67 @@ uint64_t random_key() {
   return uint64_t(device()) << 32 | device();
 }
 
+// The strings of a GGUF array: a little-endian uint64 length, then the text.
+struct Strings {
+  const char* data;
+  size_t at, end;
+
+  // The next one. False when it does not end before `end`.
+  bool next(std::string_view& text) {
+    uint64_t length;
+    if (at > end || end - at < sizeof length) return false;
+    std::memcpy(&length, data + at, sizeof length);
+    if (length > end - at - sizeof length) return false;
+    text = {data + at + sizeof length, size_t(length)};
+    at += sizeof length + length;
+    return true;
+  }
+};
+
+// As Python's decoder judges: no overlong forms, no surrogates, nothing beyond U+10FFFF.
+bool is_utf8(std::string_view text) {
+  const auto* at = reinterpret_cast<const uint8_t*>(text.data());
+  const auto* const end = at + text.size();
+  while (at < end) {
+    if (*at < 0x80) {
+      ++at;
+      continue;
+    }
+    const int more = *at < 0xC2 ? 0 : *at < 0xE0 ? 1 : *at < 0xF0 ? 2 : *at < 0xF5 ? 3 : 0;
+    if (more == 0 || end - at <= more) return false;
+    const uint8_t lowest = *at == 0xE0 ? 0xA0 : *at == 0xF0 ? 0x90 : 0x80;
+    const uint8_t highest = *at == 0xED ? 0x9F : *at == 0xF4 ? 0x8F : 0xBF;
+    if (at[1] < lowest || at[1] > highest) return false;
+    for (int i = 2; i <= more; ++i)
+      if ((at[i] & 0xC0) != 0x80) return false;
+    at += more + 1;
+  }
+  return true;
+}
+
 [[noreturn]] void fail(std::string_view text, const char* problem) {
   throw nb::value_error(("'" + std::string(text.substr(0, 100)) + "'" + problem).c_str());
 }
 
 class Bpe {
  public:
-  // pieces: str by id, where `hidden` holds a nonzero byte for those that no text may spell; merges: (left, right), or
-  // "left right", in order of priority.
-  Bpe(const nb::list& pieces, const nb::bytes& hidden, const nb::list& merges, bool whole_words)
-      : pieces_(nb::len(pieces), random_key()), merges_(nb::len(merges), random_key()), whole_words_(whole_words) {
+  // pieces: str by id, where `hidden` holds a nonzero byte for those that no text may spell; merges, in order of priority: a list
+  // of (left, right), or bytes with `merge_count` strings "left right" as GGUF files spell them.
+  Bpe(const nb::list& pieces, const nb::bytes& hidden, const nb::object& merges, size_t merge_count, bool whole_words)
+      : pieces_(nb::len(pieces), random_key()), spelled_merges_(merges), merges_(merge_count, random_key()), whole_words_(whole_words) {
     check(hidden.size() == nb::len(pieces), "Bpe: one byte for each piece is needed");
-    check(nb::len(pieces) < kNone && nb::len(merges) < kNone, "Bpe: too many pieces or merges");
+    check(nb::len(pieces) < kNone && merge_count < kNone, "Bpe: too many pieces or merges");
     uint32_t id = 0;
     for (nb::handle piece : pieces) {
       if (!hidden.c_str()[id]) check(pieces_.add(id, text_of(piece)), "Bpe: a piece is given twice");
       ++id;
     }
-    for (nb::handle merge : merges) add_merge(merge);
+    // Reading merges takes longer than all else, and where whole words are looked up first, many a prompt does without.
+    if (!whole_words || !PyBytes_Check(merges.ptr())) read_merges();
   }
 
-  // The ids of words, each merged on its own. Characters that are no piece are left out.
+  // The ids of words, each merged on its own. Characters that are no piece are left out. Throws for merges of what is no piece,
+  // where the first word that needs them has them read.
   nb::list encode(const nb::list& words) {
     nb::list ids;
     for (nb::handle object : words) {
@@ -157,6 +206,7 @@ class Bpe {
         ids.append(whole);
         continue;
       }
+      if (spelled_merges_.is_valid()) read_merges();
       merge_word(word);
       for (uint32_t i = 0; i != kNone && i < symbols_.size(); i = symbols_[i].next) ids.append(symbols_[i].id);
     }
@@ -174,17 +224,27 @@ class Bpe {
     }
   };
 
-  void add_merge(nb::handle merge) {
-    std::string_view left, right;
-    if (PyUnicode_Check(merge.ptr())) {
-      const std::string_view both = text_of(merge);
-      const size_t space = both.find(' ');
-      if (space == both.npos || space == 0 || space + 1 == both.size()) fail(both, " is not a pair of tokens");
-      left = both.substr(0, space), right = both.substr(space + 1);
+  void read_merges() {
+    merges_.clear();  // of an attempt that failed
+    if (PyBytes_Check(spelled_merges_.ptr())) {
+      Strings strings{PyBytes_AS_STRING(spelled_merges_.ptr()), 0, size_t(PyBytes_GET_SIZE(spelled_merges_.ptr()))};
+      for (std::string_view both; strings.next(both);) {
+        const size_t space = both.find(' ');
+        if (space == both.npos || space == 0 || space + 1 == both.size()) fail(both, " is not a pair of tokens");
+        add_merge(both.substr(0, space), both.substr(space + 1));
+      }
     } else {
-      check(PyTuple_Check(merge.ptr()) && nb::len(merge) == 2, "Bpe: a merge is not a pair of pieces");
-      left = text_of(merge[0]), right = text_of(merge[1]);
+      for (nb::handle merge : spelled_merges_) add_pair(merge);
     }
+    spelled_merges_.reset();
+  }
+
+  void add_pair(nb::handle merge) {
+    check(PyTuple_Check(merge.ptr()) && nb::len(merge) == 2, "Bpe: a merge is not a pair of pieces");
+    add_merge(text_of(merge[0]), text_of(merge[1]));
+  }
+
+  void add_merge(std::string_view left, std::string_view right) {
     joined_.assign(left).append(right);
     const Merge found{pieces_.find(left), pieces_.find(right), pieces_.find(joined_)};
     if (found.left == kNone) fail(left, " of a merge is no token");
@@ -228,6 +288,7 @@ class Bpe {
   }
 
   Pieces pieces_;
+  nb::object spelled_merges_;  // until they have been read
   Merges merges_;
   bool whole_words_;
   std::string joined_;
@@ -235,44 +296,55 @@ class Bpe {
   std::priority_queue<Candidate> queue_;
 };
 
-// `count` strings of GGUF (a little-endian uint64 length, then UTF-8) from `start` on, and where they end. None when they don't
-// end before `end`, or one is not UTF-8.
-nb::object read_strings(const nb::object& buffer, size_t start, size_t end, size_t count) {
-  Py_buffer view;
-  if (PyObject_GetBuffer(buffer.ptr(), &view, PyBUF_SIMPLE)) throw nb::python_error();
-  struct Release {
-    Py_buffer& view;
-    ~Release() { PyBuffer_Release(&view); }
-  } release{view};
-  end = std::min(end, size_t(view.len));
-  const char* data = static_cast<const char*>(view.buf);
-  nb::list strings;
-  for (size_t i = 0; i < count; ++i) {
-    uint64_t length;
-    if (start > end || end - start < sizeof length) return nb::none();
-    std::memcpy(&length, data + start, sizeof length);
-    start += sizeof length;
-    if (length > end - start) return nb::none();
-    PyObject* string = PyUnicode_DecodeUTF8(data + start, Py_ssize_t(length), nullptr);
-    if (!string) {
-      PyErr_Clear();
-      return nb::none();
-    }
-    strings.append(nb::steal(string));
-    start += length;
+class View {
+ public:
+  explicit View(const nb::object& buffer) {
+    if (PyObject_GetBuffer(buffer.ptr(), &view_, PyBUF_SIMPLE)) throw nb::python_error();
   }
-  return nb::make_tuple(strings, start);
+  ~View() { PyBuffer_Release(&view_); }
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+
+  Strings strings(size_t start, size_t end) const { return {static_cast<const char*>(view_.buf), start, std::min(end, size_t(view_.len))}; }
+
+ private:
+  Py_buffer view_;
+};
+
+// Where `count` strings from `start` on end. None when they don't end before `end`, or one is not UTF-8.
+nb::object skip_strings(const nb::object& buffer, size_t start, size_t end, size_t count) {
+  const View view(buffer);
+  Strings strings = view.strings(start, end);
+  std::string_view text;
+  for (size_t i = 0; i < count; ++i)
+    if (!strings.next(text) || !is_utf8(text)) return nb::none();
+  return nb::int_(strings.at);
+}
+
+// `count` strings that skip_strings has checked.
+nb::list read_strings(const nb::bytes& encoded, size_t count) {
+  Strings strings{encoded.c_str(), 0, encoded.size()};
+  nb::list list;
+  for (size_t i = 0; i < count; ++i) {
+    std::string_view text;
+    check(strings.next(text), "read_strings: there are fewer strings than said");
+    PyObject* string = PyUnicode_DecodeUTF8(text.data(), Py_ssize_t(text.size()), nullptr);
+    if (!string) throw nb::python_error();
+    list.append(nb::steal(string));
+  }
+  return list;
 }
 
 }  // namespace
 
 void bind_bpe(nb::module_& m) {
   nb::class_<Bpe>(m, "Bpe", "Merges the words of a byte-level vocabulary.")
-      .def(nb::init<const nb::list&, const nb::bytes&, const nb::list&, bool>(), nb::arg("pieces"), nb::arg("hidden"), nb::arg("merges"),
-           nb::arg("whole_words"))
+      .def(nb::init<const nb::list&, const nb::bytes&, const nb::object&, size_t, bool>(), nb::arg("pieces"), nb::arg("hidden"),
+           nb::arg("merges"), nb::arg("merge_count"), nb::arg("whole_words"))
       .def("encode", &Bpe::encode, nb::arg("words"));
-  m.def("read_strings", &read_strings, nb::arg("buffer"), nb::arg("start"), nb::arg("end"), nb::arg("count"),
-        "A GGUF file's strings and where they end, or None when they are damaged.");
+  m.def("skip_strings", &skip_strings, nb::arg("buffer"), nb::arg("start"), nb::arg("end"), nb::arg("count"),
+        "Where a GGUF file's strings end, or None when they are damaged.");
+  m.def("read_strings", &read_strings, nb::arg("encoded"), nb::arg("count"), "A GGUF file's strings, sound as they are.");
 }
 
 }  // namespace puna

@@ -24,7 +24,7 @@ inline void copy_negated_half(uint8_t* to, const uint8_t* from) {
 }
 
 // 16 bytes to 32 codes: low halves first.
-inline void nibbles(const uint8_t* q, uint8_t* codes, int count = 16) {
+inline void nibbles(const uint8_t* __restrict q, uint8_t* __restrict codes, int count = 16) {
   for (int i = 0; i < count; i++) codes[i] = q[i] & 15, codes[count + i] = q[i] >> 4;
 }
 
@@ -39,8 +39,8 @@ inline void six_bit_pairs(const uint8_t* p, Parts& out) {
 }
 
 template <int Type>
-inline void take_apart(const uint8_t* p, Parts& out) {
-  uint8_t* const codes = out.codes;
+inline void take_apart(const uint8_t* __restrict p, Parts& out) {
+  uint8_t* __restrict const codes = out.codes;
   if constexpr (Type == kQ4_0 || Type == kIQ4_NL) {
     copy(out.d, p, 2);
     nibbles(p + 2, codes);
@@ -138,10 +138,13 @@ inline void put(const Parts& parts, uint8_t* block, int row) {
     }
     if constexpr (F.codes == Codes::SixBits) {
       for (int p = 0; p < 2; p++) {
-        uint8_t high[4] = {};
-        for (int k = 0; k < 4; k++)
-          for (int i = 0; i < 4; i++) high[i] |= uint8_t(codes[16 * p + 4 * k + i] >> 4 << 2 * k);
-        copy(out + (4 + p) * 4 * kPanelRows, high, 4);
+        uint32_t high = 0;  // four bytes at a time, each on its own
+        for (int k = 0; k < 4; k++) {
+          uint32_t four;
+          std::memcpy(&four, codes + 16 * p + 4 * k, 4);
+          high |= (four >> 4 & 0x03030303) << 2 * k;
+        }
+        std::memcpy(out + (4 + p) * 4 * kPanelRows, &high, 4);
       }
     }
   }

@@ -13,6 +13,7 @@ import math
 import mmap
 import re
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,23 @@ import numpy as np
 
 from puna.errors import CheckpointError
 from puna.tensor import QUANT_TYPES, Weight
+from puna.tensor.mapped import drop_mapped_pages
 
 try:
-    from puna._native import read_strings
+    from puna._native import read_strings, skip_strings
 except ImportError:  # the extension was not built
 
-    def read_strings(buffer: Any, start: int, end: int, count: int) -> tuple[list[str], int] | None:
+    def skip_strings(buffer: Any, start: int, end: int, count: int) -> int | None:
         """Left to the loop in Python."""
         return None
+
+    def read_strings(encoded: bytes, count: int) -> list[str]:
+        texts, at = [], 0
+        for _ in range(count):
+            start = at + 8
+            at = start + int.from_bytes(encoded[at:start], "little")
+            texts.append(encoded[start:at].decode())
+        return texts
 
 
 MAGIC = b"GGUF"
@@ -71,11 +81,43 @@ _U64 = struct.Struct("<Q")
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
+class TextArray(Sequence[str]):
+    """Strings of a file, as it spells them (``encoded``) until they are asked for: few programs want all merges."""
+
+    def __init__(self, encoded: bytes, count: int) -> None:
+        self.encoded = encoded
+        self._count = count
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> TextArray:
+        encoded = [text.encode() for text in texts]
+        return cls(b"".join(piece for text in encoded for piece in (_U64.pack(len(text)), text)), len(encoded))
+
+    def tolist(self) -> list[str]:
+        texts: list[str] = read_strings(self.encoded, self._count)
+        return texts
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tolist()[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (TextArray, list)) and self.tolist() == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class GGUFFile:
-    """Metadata as Python values (arrays as lists) and tensors under GGUF's names, in the order of the file.
+    """Metadata as Python values and tensors under GGUF's names, in the order of the file.
 
-    The tensors' data are views of the mapped file: nothing is read before it is used.
+    Arrays are lists, those of strings TextArray. The tensors' data are views of the mapped file: nothing is read before
+    it is used.
     """
 
     path: Path
@@ -144,7 +186,9 @@ def _read_part(path: Path) -> GGUFFile:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise CheckpointError(f"{path}: general.alignment must be a power of two, found {alignment!r}")
-    return GGUFFile(path, metadata, reader.tensors(tensor_count, alignment))
+    tensors = reader.tensors(tensor_count, alignment)
+    drop_mapped_pages(np.frombuffer(buffer, np.uint8, reader.at))  # the header is not looked at again
+    return GGUFFile(path, metadata, tensors)
 
 
 class _Reader:
@@ -185,28 +229,23 @@ class _Reader:
         return count
 
     def text(self, what: str) -> str:
-        return self.texts(1, what)[0]
-
-    def texts(self, count: int, what: str) -> list[str]:
-        # A vocabulary is several hundred thousand strings. The loop below says what is wrong with damaged ones.
-        if count > 1 and (found := read_strings(self.buffer, self.at, self.end, count)) is not None:
-            strings: list[str] = found[0]
-            self.at = found[1]
-            return strings
-        buffer, at, end, integer = self.buffer, self.at, self.end, int.from_bytes
-        result: list[str] = []
-        append = result.append
+        size = self.u64()
+        start = self.take(size)
         try:
-            for _ in range(count):
-                start = at + 8
-                at = start + integer(buffer[at:start], "little")
-                if at > end:
-                    break
-                append(buffer[start:at].decode())
+            return self.buffer[start : start + size].decode()
         except UnicodeDecodeError:
             raise self.error(f"{what} is not valid UTF-8; the file is damaged") from None
-        self.take(at - self.at)
-        return result
+
+    def texts(self, count: int, what: str) -> TextArray:
+        start = self.at
+        # A vocabulary is several hundred thousand strings. The loop says what is wrong with damaged ones.
+        end: int | None = skip_strings(self.buffer, start, self.end, count)
+        if end is None:
+            for _ in range(count):
+                self.text(what)
+        else:
+            self.at = end
+        return TextArray(self.buffer[start : self.at], count)
 
     def header(self) -> tuple[int, int]:
         """The numbers of tensors and of metadata values."""

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from puna import gguf_file
+from puna.checkpoint.gguf_writer import write_gguf
 from puna.errors import CheckpointError
 from puna.gguf_file import read_gguf
 from puna.tensor import QUANT_TYPES
@@ -115,6 +116,33 @@ class TestReading:
             "k.flags": [True, False, True],
             "k.nested": [[1, 2], [3]],
         }
+
+    def test_strings_are_read_when_they_are_asked_for(self, tmp_path: Path) -> None:
+        written_by_peer(tmp_path / "m.gguf")
+        strings = read_gguf(tmp_path / "m.gguf").metadata["k.strings"]
+        assert isinstance(strings, gguf_file.TextArray)
+        assert (len(strings), strings[1], strings[-1], list(strings)) == (4, "a", "Ġ" * 300, strings.tolist())
+        assert strings == gguf_file.TextArray.of(strings.tolist())
+        assert strings != ["", "a"]
+        write_gguf(tmp_path / "again.gguf", {"k": strings}, {}, lambda name: (QUANT_TYPES["F32"], []))
+        assert read_gguf(tmp_path / "again.gguf").metadata["k"] == strings
+
+    @pytest.mark.parametrize("raw", [b"\x80", b"\xc1\x81", b"\xe0\x9f\xbf", b"\xed\xa0\x80", b"\xf0\x8f\xbf\xbf"])
+    @pytest.mark.parametrize("follow", [b"", b"a"])
+    def test_strings_that_are_no_utf8(self, tmp_path: Path, raw: bytes, follow: bytes) -> None:
+        payload = struct.pack("<IQ", STRING, 2) + text("a") + text(raw + follow)
+        with pytest.raises(CheckpointError, match="k is not valid UTF-8"):
+            read_bytes(tmp_path, container([value("k", ARRAY, payload)]))
+
+    @given(st.binary(max_size=6))
+    def test_strings_are_judged_as_python_judges_them(self, raw: bytes) -> None:
+        skip_strings = pytest.importorskip("puna._native").skip_strings
+        try:
+            raw.decode()
+            end = len(text(raw))
+        except UnicodeDecodeError:
+            end = None
+        assert skip_strings(text(raw), 0, 100, 1) == end
 
     def test_tensors_are_views_of_the_file(self, tmp_path: Path) -> None:
         written = written_by_peer(tmp_path / "m.gguf")

@@ -22,7 +22,7 @@ from puna.checkpoint.names import (
 from puna.checkpoint.recode import encoded_pieces
 from puna.config import ModelConfig, llama3_factors
 from puna.errors import CheckpointError
-from puna.gguf_file import MAGIC, GGUFFile, read_gguf
+from puna.gguf_file import MAGIC, GGUFFile, TextArray, read_gguf
 from puna.tensor import QuantType, Weight, quant_type
 from puna.tokenizer import Tokenizer
 from puna.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
@@ -189,7 +189,11 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
 def _description(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The ``general.*`` values that are for people, and the name of the file type."""
     general = {key.removeprefix("general."): value for key, value in metadata.items() if key.startswith("general.")}
-    description = {key: value for key, value in general.items() if key not in _NOT_DESCRIPTION}
+    description = {
+        key: value.tolist() if isinstance(value, TextArray) else value
+        for key, value in general.items()
+        if key not in _NOT_DESCRIPTION
+    }
     names = {number: name for name, number in (FILE_TYPES | MIX_FILE_TYPES).items()}
     if isinstance(file_type := general.get("file_type"), int) and file_type in names:
         description["file_type"] = names[file_type]

@@ -24,6 +24,7 @@ from puna.gguf_file import (
     STRING,
     UINT32,
     UINT64,
+    TextArray,
 )
 from puna.tensor import QuantType
 
@@ -118,7 +119,7 @@ def tensor_bytes(shape: tuple[int, ...], kind: QuantType) -> int:
 
 
 def _header(metadata: Mapping[str, Any], described: Mapping[str, _Description]) -> bytes:
-    values = {key: value for key, value in metadata.items() if not (isinstance(value, (list, tuple)) and not value)}
+    values = {key: value for key, value in metadata.items() if not (_is_array(value) and not value)}
     parts = [MAGIC, struct.pack("<IQQ", 3, len(described), len(values))]
     for key, value in values.items():
         parts += [_string(key), _value(key, value)]
@@ -128,11 +129,17 @@ def _header(metadata: Mapping[str, Any], described: Mapping[str, _Description]) 
 
 
 def _value(key: str, value: Any) -> bytes:
-    if not isinstance(value, (list, tuple)):
+    if isinstance(value, TextArray):
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + value.encoded
+    if not _is_array(value):
         kind = _type_of(key, [value], UINT32)
         return struct.pack("<I", kind) + _elements(kind, [value])
     kind = _type_of(key, value, INT32)
     return struct.pack("<IIQ", ARRAY, kind, len(value)) + _elements(kind, value)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (list, tuple, TextArray))
 
 
 def _type_of(key: str, values: list[Any] | tuple[Any, ...], whole: int) -> int:

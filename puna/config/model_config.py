@@ -6,7 +6,7 @@ Sources: Hugging Face ``LlamaConfig`` (transformers), the GGUF specification's `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,7 +163,7 @@ class ModelConfig:
         heads = whole(metadata, "llama.attention.head_count")
         hidden = whole(metadata, "llama.embedding_length")
         tokens = metadata.get("tokenizer.ggml.tokens", [])
-        if not isinstance(tokens, (list, tuple)):
+        if not isinstance(tokens, Sequence) or isinstance(tokens, str):
             raise ConfigError(f"tokenizer.ggml.tokens must be an array, found {shown(tokens)}")
         context = whole(metadata, "llama.context_length")
         head_dim = whole(metadata, "llama.attention.key_length", divide(hidden, heads))

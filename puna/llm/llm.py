@@ -12,12 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puna.chat.builtin import builtin_template
-from puna.chat.go_template import chat_template as make_template
 from puna.chat.messages import Message, parse_messages
-from puna.chat.prompt import Prompt, render_prompt
-from puna.chat.template import Template
-from puna.chat.tools import ToolFormat, tool_format
-from puna.checkpoint.lora import read_adapter
 from puna.engine import Constraint, Engine, LoadedAdapter, PrefixCache, Request, SamplingParams, Speculation
 from puna.engine.runner import ForwardModel
 from puna.errors import RequestError, TemplateError
@@ -30,7 +25,10 @@ from puna.ops.protocol import Ops
 from puna.store import ResolvedModel, resolve
 from puna.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what chat needs beyond text is imported when somebody chats: it takes as long as numpy
+    from puna.chat.prompt import Prompt
+    from puna.chat.template import Template
+    from puna.chat.tools import ToolFormat
     from puna.engine.constraint import ConstraintCompiler
 
 CACHE_SIZE = 10**9
@@ -165,12 +163,16 @@ class LLM:
 
         Raises TemplateError for a broken one, and for a base model, which has none.
         """
+        from puna.chat.go_template import chat_template
+
         source = self._chat_template or builtin_template(self.tokenizer)
-        return make_template(source, self.tokenizer)
+        return chat_template(source, self.tokenizer)
 
     @cached_property
     def tool_format(self) -> ToolFormat:
         """How the model is told of tools and writes calls. Raises TemplateError as ``template`` does."""
+        from puna.chat.tools import tool_format
+
         return tool_format(self.template, self.tokenizer)
 
     @property
@@ -199,6 +201,8 @@ class LLM:
         It changes nothing for calls that don't. Raises CheckpointError when it is no adapter of this model, and
         RequestError when the name is taken.
         """
+        from puna.checkpoint.lora import read_adapter
+
         self.engine.load_adapter(name, read_adapter(path, self.config))
 
     def unload_adapter(self, name: str) -> None:
@@ -311,6 +315,8 @@ class LLM:
         self, messages: Sequence[Message | Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> Prompt:
         """The exact text and token ids that ``chat`` gives to the model, and where each came from."""
+        from puna.chat.prompt import render_prompt
+
         return render_prompt(self.template, self.tokenizer, self.conversation(messages), tools=tools)
 
     def conversation(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[Message]:

@@ -32,8 +32,10 @@ Floats = NDArray[np.float32]
 Angles = tuple[Floats, Floats]
 ALIGNMENT = 64
 MAPPING_BYTES = 32 << 20
-PACKED_AT_ONCE = 16 << 20
+PACKED_AT_ONCE = 4 << 20
 PANEL_ROWS = 16  # of csrc/panel.hpp
+# Python's default is memory to share with child processes, for which Linux seldom gives large pages.
+_OWN_MEMORY = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 @dataclass
@@ -362,7 +364,7 @@ class _PanelMemory:
 
 def _untouched_zeros(size: int) -> NDArray[np.uint8]:
     """Zeros whose pages are taken only when they are used, large ones where the system has them."""
-    memory = mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, **_OWN_MEMORY)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)

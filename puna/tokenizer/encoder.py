@@ -16,7 +16,7 @@ try:
 except ImportError:  # the extension was not built; the library does the same, and takes longer to start
     Bpe = None
 
-_HIDDEN = (int(TokenType.CONTROL), int(TokenType.UNUSED))  # of these types no text may spell a token
+_HIDDEN = (TokenType.CONTROL, TokenType.UNUSED)  # of these types no text may spell a token
 
 
 def plain_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
@@ -30,16 +30,20 @@ def plain_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
 
 def _native_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     """The library cuts the text, csrc/bpe.cpp merges the words: the merges need no tables of the library's own."""
-    merges = vocabulary.merges.texts if isinstance(vocabulary.merges, JoinedMerges) else vocabulary.merges
-    hidden = bytes(kind in _HIDDEN for kind in vocabulary.types)
+    merges = vocabulary.merges
+    spelled = merges.texts.encoded if isinstance(merges, JoinedMerges) else merges
     try:
-        bpe = Bpe(vocabulary.pieces, hidden, merges, vocabulary.ignore_merges)
+        bpe = Bpe(vocabulary.pieces, vocabulary.are(*_HIDDEN), spelled, len(merges), vocabulary.ignore_merges)
         cutter = _cutter(vocabulary)
     except Exception as error:  # the library raises bare Exception
         raise TokenizerError(f"the vocabulary is inconsistent: {error}") from error
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = bpe.encode([word for word, _ in cutter.pre_tokenize_str(text)])
+        words = [word for word, _ in cutter.pre_tokenize_str(text)]
+        try:
+            ids: list[int] = bpe.encode(words)
+        except ValueError as error:
+            raise TokenizerError(f"the vocabulary is inconsistent: {error}") from error
         return ids
 
     return encode
@@ -52,11 +56,8 @@ def _cutter(vocabulary: Vocabulary) -> Any:
 
 
 def library_for(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
-    visible = {
-        piece: i
-        for i, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
-        if kind not in _HIDDEN
-    }
+    hidden = vocabulary.are(*_HIDDEN)
+    visible = {piece: i for i, piece in enumerate(vocabulary.pieces) if not hidden[i]}
     try:
         if vocabulary.kind == "unigram":
             return tokenizers.Tokenizer(_unigram_model(vocabulary, set(visible.values())))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from puna.errors import TokenizerError
+from puna.gguf_file import TextArray
 from puna.tokenizer.patterns import LLAMA3_NAMES, name_of, splits_of
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.tokenizer.vocabulary import JoinedMerges, TokenType, Vocabulary, derive_merges_from_scores
@@ -95,7 +96,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> Vocabulary:
         pieces=pieces,
         types=_types(metadata, len(pieces)),
         scores=[],
-        merges=JoinedMerges(_texts(metadata, "merges")),
+        merges=JoinedMerges(_text_array(metadata, "merges")),
         splits=splits,
         ignore_merges=pre in LLAMA3_NAMES,
         **_special_ids(metadata, {}),
@@ -128,10 +129,18 @@ def _types(metadata: Mapping[str, Any], count: int) -> list[int]:
 
 
 def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
+    values = metadata.get(_PREFIX + key)
+    if isinstance(values, TextArray):
+        return values.tolist()
     values = _array(metadata, key)
     if not {str}.issuperset(map(type, values)):
         raise TokenizerError(f"tokenizer.ggml.{key} must be an array of strings")
     return values
+
+
+def _text_array(metadata: Mapping[str, Any], key: str) -> TextArray:
+    values = metadata.get(_PREFIX + key)
+    return values if isinstance(values, TextArray) else TextArray.of(_texts(metadata, key))
 
 
 def _array(metadata: Mapping[str, Any], key: str) -> list[Any]:

@@ -32,7 +32,8 @@ class Tokenizer:
     """One model's tokenizer, built from a ``Vocabulary``. Immutable, and safe to share between threads.
 
     Control tokens are never found in text unless ``parse_special`` asks for it: the library underneath doesn't know
-    them. Raises TokenizerError when the vocabulary can't be used.
+    them. Raises TokenizerError when the vocabulary can't be used. Llama 3's merges in a GGUF file are read for the
+    first word that is no token; what is wrong with them, ``encode`` says then.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:

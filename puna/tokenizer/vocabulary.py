@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import compress
 from typing import Literal, TypeAlias
 
 from puna.errors import TokenizerError
+from puna.gguf_file import TextArray
 
 Kind: TypeAlias = Literal["bpe", "spm", "unigram"]
 SpacePrefix: TypeAlias = Literal["segment", "metaspace", "first", "never"]
@@ -47,22 +49,14 @@ def byte_level(data: bytes) -> str:
 class JoinedMerges:
     """Merges as GGUF files spell them, ``left right``, taken apart when they are asked for: few programs ever do.
 
-    Kept as one piece of memory, for strings by the hundred thousand take many times that. Raises TokenizerError for
-    texts that hold NUL; iterating, for one that is no pair.
+    Iterating raises TokenizerError for a text that is no pair.
     """
 
-    def __init__(self, texts: list[str]) -> None:
-        self._length = len(texts)
-        self._joined = "\0".join(texts).encode()
-        if self._joined.count(0) != max(self._length - 1, 0):
-            raise TokenizerError("tokenizer.ggml.merges holds a NUL character; the file is damaged")
-
-    @property
-    def texts(self) -> list[str]:
-        return self._joined.decode().split("\0") if self._length else []
+    def __init__(self, texts: TextArray) -> None:
+        self.texts = texts
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.texts)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for text in self.texts:
@@ -144,8 +138,11 @@ class Vocabulary:
 
     def ids_of(self, *types: TokenType) -> dict[str, int]:
         """The tokens of these types, by piece."""
-        wanted = {int(kind) for kind in types}
-        return {self.pieces[i]: i for i, kind in enumerate(self.types) if kind in wanted}
+        return {self.pieces[i]: i for i in compress(range(len(self.types)), self.are(*types))}
+
+    def are(self, *types: TokenType) -> bytes:
+        """A byte for each token: 1 where it is of these types."""
+        return bytes(self.types).translate(bytes(kind in types for kind in range(256)))
 
     @property
     def byte_fallback(self) -> bool:

@@ -12,7 +12,7 @@ from puna.chat.builtin import builtin_template
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.config import ModelConfig
 from puna.errors import StoreError, TemplateError, TokenizerError
-from puna.gguf_file import read_gguf
+from puna.gguf_file import TextArray, read_gguf
 from puna.llm.create import modelfile_of
 from puna.model.shapes import parameter_count
 from puna.store import Manifest, Store, resolve_stored
@@ -99,13 +99,14 @@ def _model_info(path: Path, checkpoint: Checkpoint, *, verbose: bool) -> dict[st
     """GGUF's metadata, and for other formats what GGUF would say of the configuration."""
     config: ModelConfig = checkpoint.config
     info = read_gguf(path).metadata if path.suffix == ".gguf" else dict(config.to_gguf())
-    info = {key: value for key, value in info.items() if key != "tokenizer.chat_template"}
+    info.pop("tokenizer.chat_template", None)
     info.setdefault("general.architecture", config.architecture)
     info["general.parameter_count"] = parameter_count(config)
     if not verbose:
-        long = [key for key, value in info.items() if isinstance(value, list) and len(value) > _LONG]
+        long = [key for key, value in info.items() if isinstance(value, (list, TextArray)) and len(value) > _LONG]
         info |= dict.fromkeys(long)
-    return dict(sorted(info.items()))
+    plain = {key: value.tolist() if isinstance(value, TextArray) else value for key, value in info.items()}
+    return dict(sorted(plain.items()))
 
 
 def _parameters(manifest: Manifest) -> list[tuple[str, Any]]:
