@@ -23,10 +23,12 @@ def training_kernels(x: Tensor) -> Any:
     return _native(torch.get_num_threads())
 
 
-def array(x: Tensor) -> Any:
-    """The numbers of a contiguous tensor as numpy's, bfloat16 as uint16; without a copy."""
-    x = x.detach()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+def array(x: Tensor) -> Tensor:
+    """A contiguous tensor as the kernels take it: bfloat16 as uint16, without a copy.
+
+    No numpy array is made of it, for that would fix the size of the tensor's memory, which sharding lets go of.
+    """
+    return x.detach().view(torch.uint16) if x.dtype == torch.bfloat16 else x.detach()
 
 
 @lru_cache(maxsize=1)
