@@ -22,7 +22,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if weight.dtype == torch.float32 and (kernels := training_kernels(x)):
-            x, out, inverse = x.contiguous(), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+            out, inverse = x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
             kernels.norm(array(x), array(weight), eps, array(out), array(inverse))
             ctx.save_for_backward(x, weight, inverse[:, None])
             return out
@@ -40,9 +40,9 @@ class RMSNorm(torch.autograd.Function):
             weight_gradient = (x * inverse).mul_(gradient).sum(0)
         if ctx.needs_input_grad[0]:
             if weight.dtype == torch.float32 and (kernels := training_kernels(x)):
-                x_gradient = torch.empty_like(x)
+                x_gradient = x.new_empty(x.shape)
                 factors = array(weight), array(inverse[:, 0])
-                kernels.norm_backward(array(x), *factors, array(gradient.contiguous()), array(x_gradient))
+                kernels.norm_backward(array(x), *factors, array(gradient), array(x_gradient))
                 return x_gradient, weight_gradient, None
             # y = x · i(x) with i = (mean(x²) + eps)^-½, so dx = i · g - x · i³ · mean(g · x).
             scaled = gradient * weight
@@ -72,7 +72,7 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         if kernels := training_kernels(gate):
-            out = torch.empty_like(gate)
+            out = gate.new_empty(gate.shape)
             kernels.gate(array(gate), array(up), array(out))
             return out
         return F.silu(gate).mul_(up)
@@ -81,8 +81,8 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         gate, up = ctx.saved_tensors
         if kernels := training_kernels(gate):
-            found = torch.empty_like(gate), torch.empty_like(up)
-            kernels.gate_backward(array(gate), array(up), array(gradient.contiguous()), *map(array, found))
+            found = gate.new_empty(gate.shape), up.new_empty(up.shape)
+            kernels.gate_backward(array(gate), array(up), array(gradient), *map(array, found))
             return found
         up_gradient = F.silu(gate).mul_(gradient)
         gate_gradient = torch.ops.aten.silu_backward(gradient * up, gate)
@@ -94,7 +94,7 @@ def causal_softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
     ``scores`` [n, queries, heads, keys] may be overwritten; the last query is at the last key's position.
     """
-    weights = torch.empty_like(scores, dtype=dtype)
+    weights = scores.new_empty(scores.shape, dtype=dtype)
     if scores.dtype == torch.float32 and (kernels := training_kernels(weights)):
         kernels.causal_softmax(array(scores), scale, array(weights))
         return weights
@@ -117,8 +117,7 @@ def causal_softmax_backward(weights: Tensor, gradient: Tensor, scale: float) -> 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, back: bool = False) -> Tensor:
     """In the half-split layout (Su et al. 2021), x [T, heads · d] of any dtype, computed in that of the angles."""
     if cosines.dtype == torch.float32 and (kernels := training_kernels(x)):
-        x = x.contiguous()
-        turned = torch.empty_like(x)
+        turned = x.new_empty(x.shape)
         kernels.rotate(array(x), array(cosines), array(sines), back, array(turned))
         return turned
     pairs = x.reshape(len(x), -1, 2, cosines.shape[-1])

@@ -24,11 +24,12 @@ def training_kernels(x: Tensor) -> Any:
 
 
 def array(x: Tensor) -> Tensor:
-    """A contiguous tensor as the kernels take it: bfloat16 as uint16, without a copy.
+    """The numbers as the kernels take them: contiguous, bfloat16 as uint16. What is contiguous is not copied.
 
     No numpy array is made of it, for that would fix the size of the tensor's memory, which sharding lets go of.
     """
-    return x.detach().view(torch.uint16) if x.dtype == torch.bfloat16 else x.detach()
+    x = x.detach().contiguous()
+    return x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
 
 
 @lru_cache(maxsize=1)

@@ -92,7 +92,8 @@ def test_format_makes_valid_json(stored, tmp_path: Path) -> None:
     for source in (str(schema), schema.read_text()):
         answer = json.loads(stored("run", "smollm2", "A number, please.", "--format", source, *GREEDY).out)
         assert isinstance(answer["n"], int)
-    assert isinstance(json.loads(stored("run", "smollm2", "Any JSON.", "--format", "json", "--seed", "5").out), dict)
+    question = "What is the capital of France? Answer as JSON."  # "any JSON" is nested to the end of the context
+    assert isinstance(json.loads(stored("run", "smollm2", question, "--format", "json", *GREEDY).out), dict)
 
 
 def test_raw_and_verbose(stored) -> None:

@@ -149,6 +149,26 @@ def test_norm_and_rotation_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x: ops.rope(x, angles), (wide(3, 8),))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_need_not_lie_side_by_side(dtype: torch.dtype) -> None:
+    """Neither those that come in nor the gradients that come back."""
+    ops, weight = TorchOps(dtype), torch.rand(8)
+    angles = ops.rope_angles(np.arange(6, dtype=np.int32), np.array([1.0, 0.3], np.float32), 1.0)
+    for step in (
+        lambda x: ops.rms_norm(x, weight, 1e-3),
+        lambda x: ops.rope(x, angles),
+        lambda x: ops.swiglu(x, 2 * x),
+    ):
+        found = []
+        for x in (wide(8, 6).detach().to(dtype).T, wide(8, 6).detach().to(dtype).T.contiguous()):
+            x.requires_grad_()
+            out = step(x)
+            out.T.backward(torch.arange(48, dtype=dtype).view(8, 6))
+            found.append((out.detach(), x.grad))
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("lengths", [[5, 5], [3, 17, 1, 18, 4]], ids=["equal", "mixed"])
 def test_attention_gradients(lengths: list[int]) -> None:
     """Two heads of queries to one of keys and values; documents that need padding, and those that need none."""

@@ -92,7 +92,7 @@ def trainer(folder: Path, method: Full | LoRA, steps: int, **knobs: Any) -> Trai
     "method", [Full(), LoRA(rank=4, alpha=8), LoRA(rank=4, alpha=8, dora=True)], ids=["full", "lora", "dora"]
 )
 def test_the_reward_rises(tmp_path: Path, method: Full | LoRA) -> None:
-    run = trainer(tmp_path, method, 20, beta=0.001)
+    run = trainer(tmp_path, method, 40, beta=0.001)
     rewards: list[float] = []
     run.run(lambda report: rewards.append(report.metrics["reward"]))
     assert np.mean(rewards[:2]) < 0.5
