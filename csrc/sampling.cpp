@@ -73,8 +73,8 @@ float least_logit(const Row& row, double min_p) {
   const double least_scaled = std::fmin(std::log(min_p), 0.0);
   const auto stays = [&](float x) { return row.scaled(double(x)) >= least_scaled; };
   float least = float(double(row.peak) + least_scaled * row.temperature);
-  while (!stays(least)) least = std::nextafter(least, kInfinity);  // what rounding has left, a step or two
-  for (float next; stays(next = std::nextafter(least, -kInfinity));) least = next;
+  while (!stays(least)) least = __builtin_nextafterf(least, kInfinity);  // what rounding has left, a step or two
+  for (float next; stays(next = __builtin_nextafterf(least, -kInfinity));) least = next;
   return least;
 }
 

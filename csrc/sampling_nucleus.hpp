@@ -90,7 +90,7 @@ struct Nucleus {
   // Of the logit above which all tokens but a mass of `rest` are, as many standard deviations to both sides as `width` says.
   Bracket bracket(double rest, float width) const {
     const float mass = float(rest / (kBlock / kSampled));
-    const float deviation = width * (std::sqrt(tail<2>(around(mass, 7).high)) + 1e-3f * mass);
+    const float deviation = width * (__builtin_sqrtf(tail<2>(around(mass, 7).high)) + 1e-3f * mass);
     return {mass - deviation > 0 ? around(mass - deviation, 12).low : -kInfinity,
             mass + deviation < total ? around(mass + deviation, 12).high : kInfinity};
   }

@@ -6,7 +6,7 @@
 // After fork() the child's pool still works, on the calling thread alone (unless a loop was running at that moment).
 //
 // A pool may borrow the threads of an OpenMP runtime instead of having its own: two teams on the same cores stand in each other's
-// way, for each spins for its next loop.
+// way, for each spins for its next loop. After fork() it is then as usable as that runtime.
 #pragma once
 
 #include <atomic>

