@@ -88,16 +88,24 @@ void linears(Program& program, int x, const std::vector<const Panels*>& weights,
   });
 }
 
-void rope(Program& program, int x) {
-  check(!program.buffer(x).of_logit_rows, "rope: the input has a row for each token");
-  const int64_t columns = program.buffer(x).columns;
-  program.add_check([=](const StepArgs& args) {
-    check(args.half_dim > 0 && columns % (2 * args.half_dim) == 0, "run: the angles are not of half a head");
-  });
+void rope_angles(Program& program, const FloatVector& inverse_frequencies, float scale, int cosines, int sines) {
+  check(same_shape(program.buffer(cosines), program.buffer(sines)) && !program.buffer(cosines).of_logit_rows && cosines != sines &&
+            int64_t(inverse_frequencies.shape(0)) == program.buffer(cosines).columns,
+        "rope_angles: shapes don't agree");
   program.add([=](const ProgramRun& run) {
-    const int head_dim = int(2 * run.args.half_dim);
-    run.native.kernels->rope(run.native.pool, run.at(x), run.args.cosines, run.args.sines, run.args.tokens,
-                             int(run.columns(x) / head_dim), head_dim);
+    run.native.kernels->rope_angles(run.native.pool, run.args.positions, inverse_frequencies.data(), 0, scale, run.args.tokens,
+                                    run.columns(cosines), run.at(cosines), run.at(sines));
+  });
+}
+
+void rope(Program& program, int x, int cosines, int sines) {
+  const ProgramBuffer &angles = program.buffer(cosines), &input = program.buffer(x);
+  check(!input.of_logit_rows && same_shape(angles, program.buffer(sines)) && !angles.of_logit_rows &&
+            input.columns % (2 * angles.columns) == 0,
+        "rope: the angles are not of half a head");
+  const int head_dim = int(2 * angles.columns), heads = int(input.columns / head_dim);
+  program.add([=](const ProgramRun& run) {
+    run.native.kernels->rope(run.native.pool, run.at(x), run.at(cosines), run.at(sines), run.args.tokens, heads, head_dim);
   });
 }
 
@@ -151,14 +159,12 @@ void rows(Program& program, int x, int out) {
 }
 
 // token_ids, positions, slots int32[T]; seq_starts int32[S + 1]; block_tables int32[S, max blocks]; logit_rows int32[R];
-// cosines, sines float32[T, d / 2]; adapters int32[S] or none -> result
+// adapters int32[S] or none -> result
 void run(Native& native, Program& program, const Cache& cache, const Ints& token_ids, const Ints& positions, const Ints& slots,
          const Ints& seq_starts, const Array<const int32_t, 2>& block_tables, const Ints& logit_rows,
-         const Array<const float, 2>& cosines, const Array<const float, 2>& sines, const std::optional<Ints>& adapters,
-         const Array<float, 2>& result) {
+         const std::optional<Ints>& adapters, const Array<float, 2>& result) {
   const size_t tokens = token_ids.shape(0);
-  check(positions.shape(0) == tokens && slots.shape(0) == tokens && seq_starts.shape(0) == block_tables.shape(0) + 1 &&
-            cosines.shape(0) == tokens && sines.shape(0) == tokens && sines.shape(1) == cosines.shape(1),
+  check(positions.shape(0) == tokens && slots.shape(0) == tokens && seq_starts.shape(0) == block_tables.shape(0) + 1,
         "run: shapes of the batch don't agree");
   const AdapterGroups groups = group_adapters(adapters, seq_starts, int64_t(tokens));
   const StepArgs args{
@@ -173,9 +179,6 @@ void run(Native& native, Program& program, const Cache& cache, const Ints& token
       .seq_starts = seq_starts.data(),
       .block_tables = block_tables.data(),
       .logit_row_index = logit_rows.data(),
-      .cosines = cosines.data(),
-      .sines = sines.data(),
-      .half_dim = int64_t(cosines.shape(1)),
       .adapters = groups,
   };
   const ProgramBuffer& out = program.buffer(program.result());
@@ -220,12 +223,13 @@ void bind_program(nb::module_& m, nb::class_<Native>& native) {
       .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"))
       .def("linears", &linears, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("residual"), nb::arg("outs"),
            nb::arg("changes"))
-      .def("rope", &rope, nb::arg("x"))
+      .def("rope_angles", &rope_angles, nb::arg("inverse_frequencies"), nb::arg("scale"), nb::arg("cosines"), nb::arg("sines"))
+      .def("rope", &rope, nb::arg("x"), nb::arg("cosines"), nb::arg("sines"))
       .def("attend", &attend, nb::arg("layer"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"))
       .def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out"))
       .def("rows", &rows, nb::arg("x"), nb::arg("out"));
   native.def("run", &run, nb::arg("program"), nb::arg("cache"), nb::arg("token_ids"), nb::arg("positions"), nb::arg("slots"),
-             nb::arg("seq_starts"), nb::arg("block_tables"), nb::arg("logit_rows"), nb::arg("cosines"), nb::arg("sines"),
+             nb::arg("seq_starts"), nb::arg("block_tables"), nb::arg("logit_rows"),
              nb::arg("adapters").none(), nb::arg("result").noconvert());
 }
 

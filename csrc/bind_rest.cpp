@@ -62,6 +62,21 @@ void rms_norm(Native& native, const ConstFloats& x, const FloatVector& weight, f
   native.kernels->rms_norm(native.pool, from, scale, eps, int64_t(tokens), int64_t(columns), to);
 }
 
+// positions [T], inverse_frequencies [d / 2] or [T, d / 2] -> cosines, sines [T, d / 2]
+void rope_angles(Native& native, const Ints& positions, const nb::ndarray<const float, nb::c_contig, nb::device::cpu>& inverse_frequencies,
+                 float scale, const Floats& cosines, const Floats& sines) {
+  const size_t tokens = positions.shape(0), half = cosines.shape(1), dimensions = inverse_frequencies.ndim();
+  check((dimensions == 1 || (dimensions == 2 && inverse_frequencies.shape(0) == tokens)) &&
+            inverse_frequencies.shape(dimensions - 1) == half && has_shape(cosines, tokens, half) && has_shape(sines, tokens, half),
+        "rope_angles: shapes don't agree");
+  const int32_t* at = positions.data();
+  const float* frequencies = inverse_frequencies.data();
+  float *cosine = cosines.data(), *sine = sines.data();
+  nb::gil_scoped_release release;
+  native.kernels->rope_angles(native.pool, at, frequencies, dimensions == 1 ? 0 : int64_t(half), scale, int64_t(tokens), int64_t(half),
+                              cosine, sine);
+}
+
 // x [T, heads * d], in place; cosines and sines [T, d / 2]
 void rope(Native& native, const Floats& x, const ConstFloats& cosines, const ConstFloats& sines) {
   const size_t tokens = x.shape(0), columns = x.shape(1), half = cosines.shape(1);
@@ -118,7 +133,7 @@ void attend(Native& native, const Cache& cache, int layer, const ConstFloats& q,
 
 // What one SampleRow points to.
 struct RowMemory {
-  Ints history;
+  std::optional<Ints> history;
   std::vector<int32_t> bias_ids;
   std::vector<float> bias_values;
   std::optional<Array<const uint32_t, 1>> allowed;
@@ -128,69 +143,71 @@ struct RowMemory {
   std::vector<float> top_values;
 };
 
-template <class T>
-T field(nb::handle row, const char* name) {
-  return nb::cast<T>(row.attr(name));
-}
+// The places of SamplingRow's fields.
+enum Field { kTemperature, kTopK, kTopP, kMinP, kTypicalP, kRepeatPenalty, kPresencePenalty, kFrequencyPenalty, kHistory, kBias, kAllowed,
+             kUniform, kLogprob, kTopLogprobs, kFieldCount };
 
-SampleRow read_row(nb::handle row, int64_t vocabulary, RowMemory& memory) {
-  memory.history = field<Ints>(row, "history");
-  for (auto [id, value] : field<nb::dict>(row, "bias")) {
-    memory.bias_ids.push_back(nb::cast<int32_t>(id));
-    memory.bias_values.push_back(float(nb::cast<double>(value)));
-  }
-  const nb::object allowed = row.attr("allowed");
-  if (!allowed.is_none()) {
-    memory.allowed = nb::cast<Array<const uint32_t, 1>>(allowed);
+SampleRow read_row(const nb::tuple& row, int64_t vocabulary, RowMemory& memory) {
+  check(row.size() == kFieldCount, "sample: not a SamplingRow");
+  const auto at = [&](Field field) { return nb::object(row[size_t(field)]); };
+  const auto number = [&](Field field) { return nb::cast<double>(at(field)); };
+  if (!at(kHistory).is_none()) memory.history = nb::cast<Ints>(at(kHistory));
+  if (!at(kBias).is_none())
+    for (auto [id, value] : nb::cast<nb::dict>(at(kBias))) {
+      memory.bias_ids.push_back(nb::cast<int32_t>(id));
+      memory.bias_values.push_back(float(nb::cast<double>(value)));
+    }
+  if (!at(kAllowed).is_none()) {
+    memory.allowed = nb::cast<Array<const uint32_t, 1>>(at(kAllowed));
     check(int64_t(memory.allowed->shape(0)) >= (vocabulary + 31) / 32, "sample: the allowed mask is shorter than the vocabulary");
   }
-  const int64_t top = field<int64_t>(row, "top_logprobs");
+  const int64_t top = nb::cast<int64_t>(at(kTopLogprobs)), top_k = nb::cast<int64_t>(at(kTopK));
   memory.top_ids.resize(size_t(top < 0 ? 0 : top < vocabulary ? top : vocabulary));
   memory.top_values.resize(memory.top_ids.size());
-  const int64_t top_k = field<int64_t>(row, "top_k");
   return {
-      .temperature = float(field<double>(row, "temperature")),
-      .top_p = float(field<double>(row, "top_p")),
-      .min_p = float(field<double>(row, "min_p")),
-      .typical_p = float(field<double>(row, "typical_p")),
-      .repeat_penalty = float(field<double>(row, "repeat_penalty")),
-      .presence_penalty = float(field<double>(row, "presence_penalty")),
-      .frequency_penalty = float(field<double>(row, "frequency_penalty")),
+      .temperature = float(number(kTemperature)),
+      .top_p = float(number(kTopP)),
+      .min_p = float(number(kMinP)),
+      .typical_p = float(number(kTypicalP)),
+      .repeat_penalty = float(number(kRepeatPenalty)),
+      .presence_penalty = float(number(kPresencePenalty)),
+      .frequency_penalty = float(number(kFrequencyPenalty)),
       .top_k = int32_t(top_k < vocabulary ? top_k : 0),
       .top_logprobs = int32_t(memory.top_ids.size()),
-      .history = memory.history.data(),
-      .history_length = int64_t(memory.history.shape(0)),
+      .history = memory.history ? memory.history->data() : nullptr,
+      .history_length = memory.history ? int64_t(memory.history->shape(0)) : 0,
       .bias_ids = memory.bias_ids.data(),
       .bias_values = memory.bias_values.data(),
       .bias_length = int64_t(memory.bias_ids.size()),
       .allowed = memory.allowed ? memory.allowed->data() : nullptr,
-      .uniform = field<double>(row, "uniform"),
+      .uniform = number(kUniform),
       .token = &memory.token,
-      .logprob = &memory.logprob,
+      .logprob = nb::cast<bool>(at(kLogprob)) || top > 0 ? &memory.logprob : nullptr,
       .top_ids = memory.top_ids.data(),
       .top_values = memory.top_values.data(),
   };
 }
 
-// logits [R, V], as many objects with the fields of SamplingRow -> (token, logprob, [(token, logprob), ...]) of each
+// logits [R, V], as many SamplingRow -> (token, logprob, [(token, logprob), ...]) of each
 nb::list sample(Native& native, const ConstFloats& logits, const nb::sequence& rows) {
   const int64_t count = int64_t(logits.shape(0)), vocabulary = int64_t(logits.shape(1));
   check(int64_t(nb::len(rows)) == count, "sample: as many rows as rows of logits are needed");
   check(vocabulary > 0 && vocabulary < INT32_MAX, "sample: the vocabulary is empty or too large");
   std::vector<RowMemory> memory(static_cast<size_t>(count));
   std::vector<SampleRow> samples;
-  for (int64_t i = 0; i < count; ++i) samples.push_back(read_row(rows[size_t(i)], vocabulary, memory[size_t(i)]));
+  for (int64_t i = 0; i < count; ++i) samples.push_back(read_row(nb::cast<nb::tuple>(rows[size_t(i)]), vocabulary, memory[size_t(i)]));
   {
     const float* data = logits.data();
     nb::gil_scoped_release release;
     native.kernels->sample(native.pool, data, vocabulary, samples.data(), count);
   }
   nb::list result;
-  for (const RowMemory& m : memory) {
+  for (size_t row = 0; row < memory.size(); ++row) {
+    const RowMemory& m = memory[row];
     nb::list top;
     for (size_t i = 0; i < m.top_ids.size() && m.top_ids[i] >= 0; ++i)
       top.append(nb::make_tuple(m.top_ids[i], double(m.top_values[i])));
-    result.append(nb::make_tuple(m.token, double(m.logprob), top));
+    result.append(nb::make_tuple(m.token, samples[row].logprob ? nb::object(nb::float_(double(m.logprob))) : nb::object(nb::none()), top));
   }
   return result;
 }
@@ -262,6 +279,8 @@ void bind_rest(nb::module_& m, nb::class_<Native>& native) {
       .def("decode_rows", &decode_rows, nb::arg("type"), nb::arg("source"), nb::arg("index").none(), nb::arg("out").noconvert())
       .def("encode_rows", &encode_rows, nb::arg("type"), nb::arg("x"), nb::arg("importance").none(), nb::arg("out").noconvert())
       .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out").noconvert())
+      .def("rope_angles", &rope_angles, nb::arg("positions"), nb::arg("inverse_frequencies"), nb::arg("scale"),
+           nb::arg("cosines").noconvert(), nb::arg("sines").noconvert())
       .def("rope", &rope, nb::arg("x").noconvert(), nb::arg("cosines"), nb::arg("sines"))
       .def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out").noconvert())
       .def("attend", &attend, nb::arg("cache"), nb::arg("layer"), nb::arg("q"), nb::arg("k"), nb::arg("v"),

@@ -8,6 +8,7 @@ namespace puna::PUNA_ISA {
 namespace {
 
 constexpr int64_t kGrain = 16384;  // numbers for one thread to take at a time
+constexpr double kPi = 3.14159265358979311600, kPiLow = 1.22464679914735317723e-16;  // together pi to twice float64's digits
 
 int64_t rows_at_once(int64_t columns) { return columns >= kGrain ? 1 : kGrain / columns; }
 
@@ -39,6 +40,32 @@ void rms_norm(ThreadPool& pool, const float* x, const float* weight, float eps, 
       for (; i + kLanes <= columns; i += kLanes) store(to + i, load(row + i) * scale * load(weight + i));
       if (const int rest = int(columns - i); rest > 0)
         store_first(to + i, load_first(row + i, rest) * scale * load_first(weight + i, rest), rest);
+    }
+  });
+}
+
+// Cosine and sine of position x inverse frequency, the product in float32, times `scale`: [T, half]. A token's inverse frequencies
+// lie `stride` after the last one's, 0 where all have the same. The arithmetic between is float64: one step of argument reduction
+// (Cody & Waite 1980) holds for every float32 position, and Taylor's series to a quarter turn's eleventh power for every float32.
+void rope_angles(ThreadPool& pool, const int32_t* positions, const float* inverse_frequencies, int64_t stride, float scale,
+                 int64_t tokens, int64_t half, float* cosines, float* sines) {
+  pool.run(tokens, rows_at_once(8 * half), [=](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float position = float(positions[t]);
+      const float* frequencies = inverse_frequencies + t * stride;
+      float *cosine_row = cosines + t * half, *sine_row = sines + t * half;
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = double(position * frequencies[i]);
+        const double turns = __builtin_nearbyint(angle * (2 / kPi));
+        const double x = __builtin_fma(turns, -kPiLow / 2, __builtin_fma(turns, -kPi / 2, angle)), xx = x * x;
+        const double sine = x * (1 + xx * (-1.0 / 6 + xx * (1.0 / 120 + xx * (-1.0 / 5040 + xx * (1.0 / 362880 - xx / 39916800)))));
+        const double cosine =
+            1 + xx * (-0.5 + xx * (1.0 / 24 + xx * (-1.0 / 720 + xx * (1.0 / 40320 + xx * (-1.0 / 3628800 + xx / 479001600)))));
+        const int32_t quarter = int32_t(turns);
+        const double first = quarter & 1 ? sine : cosine, second = quarter & 1 ? cosine : sine;
+        cosine_row[i] = float((quarter + 1) & 2 ? -first : first) * scale;
+        sine_row[i] = float(quarter & 2 ? -second : second) * scale;
+      }
     }
   });
 }

@@ -81,7 +81,7 @@ struct SampleRow {
   const uint32_t* allowed;  // null: all
   double uniform;
   int32_t* token;           // out
-  float* logprob;           // out
+  float* logprob;           // out; null: not wanted
   int32_t* top_ids;         // out [top_logprobs]
   float* top_values;        // out [top_logprobs]
 };
@@ -129,6 +129,8 @@ struct Kernels {
                       uint8_t* out);
   // elementwise.cpp
   void (*rms_norm)(ThreadPool& pool, const float* x, const float* weight, float eps, int64_t tokens, int64_t columns, float* out);
+  void (*rope_angles)(ThreadPool& pool, const int32_t* positions, const float* inverse_frequencies, int64_t stride, float scale,
+                      int64_t tokens, int64_t half, float* cosines, float* sines);
   void (*rope)(ThreadPool& pool, float* x, const float* cosines, const float* sines, int64_t tokens, int heads, int head_dim);
   void (*swiglu)(ThreadPool& pool, const float* gate, const float* up, int64_t tokens, int64_t columns, float* out);
   // training.cpp
@@ -146,8 +148,8 @@ struct Kernels {
 
 // Every kernel of the table, in its order.
 #define PUNA_KERNEL_NAMES(X) \
-  X(pack) X(linears) X(add_low_rank) X(decode_rows) X(encode_rows) X(rms_norm) X(rope) X(swiglu) X(float32_training) \
-  X(bfloat16_training) X(attend) X(sample) X(read_memory) X(multiply_int8) X(multiply_float32)
+  X(pack) X(linears) X(add_low_rank) X(decode_rows) X(encode_rows) X(rms_norm) X(rope_angles) X(rope) X(swiglu) \
+  X(float32_training) X(bfloat16_training) X(attend) X(sample) X(read_memory) X(multiply_int8) X(multiply_float32)
 
 // The names of all tables, best first. dispatch.cpp says which of them a machine can run.
 constexpr const char* kInstructionSets[] = {"avx512bf16", "avx512", "avx2", "neon", "portable"};

@@ -21,8 +21,6 @@ struct StepArgs {
   const Cache& cache;
   int64_t tokens, logit_rows, sequences, max_blocks;
   const int32_t *token_ids, *positions, *slots, *seq_starts, *block_tables, *logit_row_index;
-  const float *cosines, *sines;  // [tokens, half_dim]
-  int64_t half_dim;
   const AdapterGroups& adapters;
 };
 

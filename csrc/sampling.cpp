@@ -85,13 +85,19 @@ int32_t choose_among(Candidates c, double uniform) {
   return c.at[select_by_mass(c, uniform * total, true)].id;
 }
 
+bool is_greedy(const SampleRow& sample) { return !(sample.temperature > 0); }
+bool is_limited(const Row& row, const SampleRow& sample) { return sample.top_k > 0 && sample.top_k < row.vocabulary; }
+// Whether `choose` looks at the masses of whole blocks.
+bool weighs_blocks(const Row& row, const SampleRow& sample) {
+  return !is_greedy(sample) && !is_limited(row, sample) && (sample.top_p < 1 || !(sample.typical_p < 1 || sample.min_p > 0));
+}
+
 int32_t choose(Row& row, const SampleRow& sample) {
   if (row.peak == -kInfinity) return -1;
-  if (!(sample.temperature > 0)) return row.most_probable();
-  row.temperature = double(sample.temperature);
+  if (is_greedy(sample)) return row.most_probable();
 
   const double top_p = double(sample.top_p);
-  const bool limited = sample.top_k > 0 && sample.top_k < row.vocabulary, nucleus = top_p < 1, typical = sample.typical_p < 1;
+  const bool limited = is_limited(row, sample), nucleus = top_p < 1, typical = sample.typical_p < 1;
   const float least = least_logit(row, double(sample.min_p));
   Candidates c{nullptr, 0};
   double total = 0;  // before top-p
@@ -133,7 +139,9 @@ int32_t choose(Row& row, const SampleRow& sample) {
 float log_probability(double logit, double log_total) { return float(std::fmax(logit - log_total, -double(kLargest))); }
 
 void sample_row(Row& row, const float* logits, const SampleRow& sample) {
-  row.read(logits);
+  row.temperature = is_greedy(sample) ? 1.0 : double(sample.temperature);
+  row.read(logits, sample.logprob ? 1.0f : weighs_blocks(row, sample) ? row.scale() : 0.0f);
+  if (sample.logprob) row.find_log_total();
   if (sample.top_logprobs > 0) {
     Candidates top = row.collect_at_least(sample.top_logprobs);
     if (top.count > sample.top_logprobs) {
@@ -148,6 +156,7 @@ void sample_row(Row& row, const float* logits, const SampleRow& sample) {
   }
   if (sample.history_length > 0 || sample.bias_length > 0 || sample.allowed) adjust(row, sample);
   *sample.token = choose(row, sample);
+  if (!sample.logprob) return;
   *sample.logprob = *sample.token < 0 ? -kInfinity : log_probability(double(finite(logits[*sample.token])), row.log_total);
 }
 
@@ -169,7 +178,7 @@ void sample(ThreadPool& pool, const float* logits, int64_t vocabulary, const Sam
     Row row{block.data + thread * blocks, copies.data + thread * padded, maxima.data + thread * blocks,
             sums.data + thread * blocks, peaks.data + thread * runs, masses.data + thread * blocks,
             sampled.data + thread * samples, counts.data + thread * vocabulary, candidates.data + thread * padded,
-            vocabulary, blocks, nullptr, 0, 0, 1};
+            vocabulary, blocks, nullptr, 0, 0, 1, 0};
     for (int64_t i = begin; i < end; ++i) sample_row(row, logits + i * vocabulary, rows[i]);
   });
 }

@@ -76,8 +76,9 @@ struct Row {
   int64_t vocabulary, blocks;
   const float* logits;  // as they were given
   float peak;           // the largest logit
-  double log_total;     // log of the sum of e^logit
+  double log_total;     // log of the sum of e^logit, where it is wanted
   double temperature;
+  float summed_scale;   // what logits were multiplied by in `sums`; 0: there are none
 
   float at(int64_t id) const { return block[id / kBlock][id % kBlock]; }
 
@@ -108,15 +109,20 @@ struct Row {
 
   int64_t run_end(int64_t first) const { return first + kRun < blocks ? first + kRun : blocks; }
 
-  // The blocks, their maxima and sums at temperature 1, and log_total, in one passage through memory: a run of blocks at a
-  // time, so that the second look at it finds it in the cache.
-  void read(const float* from) {
+  // The blocks, their maxima and, unless `scale` is 0, their sums, in one passage through memory: a run of blocks at a time, so
+  // that the second look at it finds it in the cache.
+  void read(const float* from, float scale) {
     logits = from;
+    summed_scale = scale;
     for (int64_t first = 0; first < blocks; first += kRun) {
       read_run(first, run_end(first));
-      sum_run(first, 1.0f);
+      if (scale > 0) sum_run(first, scale);
     }
     peak = largest(0, blocks);
+  }
+
+  // Sets `log_total`. Needs sums at a scale of 1.
+  void find_log_total() {
     double total = 0;
     for (int64_t first = 0; first < blocks; first += kRun) {
       double sum = 0;
@@ -166,7 +172,7 @@ struct Row {
   void weigh_blocks() {
     for (int64_t first = 0; first < blocks; first += kRun) {
       const int64_t end = run_end(first);
-      bool stale = temperature != 1;
+      bool stale = summed_scale != scale();
       for (int64_t b = first; b < end; ++b) stale = stale || is_changed(b);
       if (stale) sum_run(first, scale());
       const double ratio = weight(double(run_peaks[first / kRun]));

@@ -186,7 +186,8 @@ class Engine:
         self.scheduler.observe(works, seconds)
         if self._speculator is not None:
             self._speculator.observe(works, seconds)
-        events = self.scheduler.update(works, sampled, hidden)
+        scored = sampled[len(rows) :] if scoring else []
+        events = self.scheduler.update(works, sampled, scored, hidden)
         if self._speculator is not None:
             for work in works:
                 if not work.sequence.num_computed:  # it has shifted, if it has not ended: its tokens are others now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 
 SHARE = 1.25  # of the time that decoding takes beside it
 FIRST_CHUNK = 64  # tokens, before anything was measured
@@ -18,7 +18,9 @@ class PrefillBudget:
     """
 
     def __init__(self) -> None:
-        self._decode_seconds: dict[int, _Recent] = {}  # of a step that only decodes, by its sequences' magnitude
+        self._decode_seconds: defaultdict[int, _Recent] = defaultdict(
+            _Recent
+        )  # of a step that only decodes, by its sequences' magnitude
         self._token_seconds = _Recent()  # of one more prompt token in a step
 
     def tokens(self, num_decoding: int) -> int:
@@ -32,7 +34,7 @@ class PrefillBudget:
         if seconds <= 0:
             return
         if not num_prompt_tokens:
-            self._decode_seconds.setdefault(num_decoding.bit_length(), _Recent()).add(seconds)
+            self._decode_seconds[num_decoding.bit_length()].add(seconds)
             return
         decode = self._decoding(num_decoding) if num_decoding else 0.0
         if decode is not None:
@@ -51,8 +53,10 @@ class _Recent:
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=NUM_RECENT)
-        self.median: float | None = None
+
+    @property
+    def median(self) -> float | None:
+        return sorted(self._values)[len(self._values) // 2] if self._values else None
 
     def add(self, value: float) -> None:
         self._values.append(value)
-        self.median = sorted(self._values)[len(self._values) // 2]

@@ -29,7 +29,8 @@ class SamplingParams:
     The answer ends at one of the request's end-of-sequence ids, at one of ``stop_token_ids``, after ``max_tokens``
     tokens (None: when the context is full), or when its constraint is complete. ``ignore_eos`` forbids the
     end-of-sequence ids; ``min_tokens`` forbids them and ``stop_token_ids`` until that many tokens are there. ``stop``
-    (texts) and ``logprobs`` are for the text layer above: the engine only carries them.
+    (texts) is for the text layer above: the engine only carries it. ``logprobs`` asks for the log probability of each
+    token, ``top_logprobs`` for that and for those of that many of the most probable ones.
 
     ``allowed_token_ids``: no others are chosen, end-of-sequence ids included. ``bad_words_ids``: sequences of tokens
     that the answer never completes. ``prompt_logprobs``: the log probability of each token of the prompt, and that many
@@ -177,9 +178,10 @@ class Event(NamedTuple):
     """One step of one request's answer: a token, the end, or both.
 
     ``token`` is part of the answer, None when there is none. An id that only ends the answer is in ``stop_id`` instead.
-    ``logprob`` and ``top`` (token, log probability) belong to whichever of the two there is. ``finish_reason`` is None
-    until the end; ``error`` explains the reason "error". The first event has the ``prompt_logprobs`` that were asked
-    for, one for each token; that of a request with ``pooling`` has the ``embedding``, float32[D], not normalised.
+    ``logprob`` and ``top`` (token, log probability), where asked for, belong to whichever of the two there is.
+    ``finish_reason`` is None until the end; ``error`` explains the reason "error". The first event has the
+    ``prompt_logprobs`` that were asked for, one for each token; that of a request with ``pooling`` has the
+    ``embedding``, float32[D], not normalised.
     """
 
     request_id: int

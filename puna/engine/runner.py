@@ -83,6 +83,7 @@ class Runner:
         self._context_lens = np.zeros(max_sequences, np.int32)
         self._block_tables = np.zeros((max_sequences, max_blocks), np.int32)
         self._adapters = np.zeros(max_sequences, np.int32)
+        self._last: tuple[tuple[int, int, int, bool], Batch] | None = None
 
     def run(self, works: Sequence[Part], rows: Sequence[SamplingRow]) -> list[Sampled]:
         """Compute a step. ``rows`` are those of the works that sample, one and one for each drafted token, in order;
@@ -135,6 +136,12 @@ class Runner:
                 start = self._seq_starts[s]
                 self._logit_rows[num_rows : num_rows + work.num_scored] = range(start, start + work.num_scored)
                 num_rows += work.num_scored
+        shape = n, end, num_rows, adapted
+        if self._last is None or self._last[0] != shape:  # while sequences decode, each step has the shape of the last
+            self._last = shape, self._views(*shape)
+        return self._last[1]
+
+    def _views(self, n: int, end: int, num_rows: int, adapted: bool) -> Batch:
         return Batch(
             tokens=self._tokens[:end],
             positions=self._positions[:end],

@@ -13,7 +13,6 @@ from puna.engine.request import Request
 from puna.ops.protocol import SamplingRow
 
 MASK64 = (1 << 64) - 1
-NO_HISTORY = np.empty(0, np.int32)
 
 
 class Sampler:
@@ -36,16 +35,7 @@ class Sampler:
         self._allowed: NDArray[np.uint32] | None = None
         if params.allowed_token_ids is not None:
             self._allowed = token_mask(params.allowed_token_ids, vocab_size)
-
-    def row(self, tokens: array[int], num_generated: int, allowed: NDArray[np.uint32] | None) -> SamplingRow:
-        """The row of the token after ``tokens`` (prompt and answer), of which the last ``num_generated`` are answer."""
-        params = self._params
-        bias = self._early_bias if num_generated < params.min_tokens else self._bias
-        if self._bad_words:
-            bias = self._without_bad_words(tokens, num_generated, bias)
-        if self._allowed is not None:
-            allowed = self._allowed if allowed is None else allowed & self._allowed
-        return SamplingRow(
+        self._row = SamplingRow(
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
@@ -54,11 +44,25 @@ class Sampler:
             repeat_penalty=params.repeat_penalty,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
-            history=self._history(tokens),
-            bias=bias,
-            allowed=allowed,
-            uniform=uniform(self._stream, num_generated),
+            bias=self._bias,
+            allowed=self._allowed,
+            logprob=params.logprobs,
             top_logprobs=params.top_logprobs,
+        )
+        self._varies = params.temperature > 0 or self._window != 0 or bool(self._bad_words)
+
+    def row(self, tokens: array[int], num_generated: int, allowed: NDArray[np.uint32] | None) -> SamplingRow:
+        """The row of the token after ``tokens`` (prompt and answer), of which the last ``num_generated`` are answer."""
+        early = num_generated < self._params.min_tokens
+        if not (self._varies or early or allowed is not None):
+            return self._row
+        bias = self._early_bias if early else self._bias
+        if self._bad_words:
+            bias = self._without_bad_words(tokens, num_generated, bias)
+        if self._allowed is not None:
+            allowed = self._allowed if allowed is None else allowed & self._allowed
+        return self._row._replace(
+            history=self._history(tokens), bias=bias, allowed=allowed, uniform=uniform(self._stream, num_generated)
         )
 
     def prompt_row(self, token: int) -> SamplingRow:
@@ -76,9 +80,9 @@ class Sampler:
                 forbidden[word[-1]] = -math.inf
         return {**bias, **forbidden} if forbidden else bias
 
-    def _history(self, tokens: array[int]) -> NDArray[np.int32]:
+    def _history(self, tokens: array[int]) -> NDArray[np.int32] | None:
         if self._window == 0:
-            return NO_HISTORY
+            return None
         return np.array(tokens if self._window < 0 else tokens[-self._window :], np.int32)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence as SequenceOf
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -76,38 +77,41 @@ class Scheduler:
 
     def observe(self, works: SequenceOf[Work], seconds: float) -> None:
         """Learn from the time that a step took."""
-        prompts = [work.num_tokens for work in works if work.num_tokens > 1]
-        self.prefill_budget.observe(len(works) - len(prompts), sum(prompts), seconds)
+        num_decoding = num_prompt_tokens = 0
+        for work in works:
+            if work.num_tokens == 1:
+                num_decoding += 1
+            else:
+                num_prompt_tokens += work.num_tokens
+        self.prefill_budget.observe(num_decoding, num_prompt_tokens, seconds)
 
     def update(
-        self, works: SequenceOf[Work], sampled: SequenceOf[Sampled], hidden: SequenceOf[NDArray[np.float32]] = ()
+        self,
+        works: SequenceOf[Work],
+        sampled: SequenceOf[Sampled],
+        scored: SequenceOf[Sampled] = (),
+        hidden: SequenceOf[NDArray[np.float32]] = (),
     ) -> list[Event]:
         """Account for a computed step.
 
-        ``sampled`` has the entries of each work that samples, in their order, then those of scored prompt tokens;
-        ``hidden`` those of each work of a sequence with ``pooling``.
+        ``sampled`` begins with the entries of each work that samples, ``scored`` has those of each work's scored prompt
+        tokens, ``hidden`` those of each work of a sequence with ``pooling``, all in the works' order.
         """
         events: list[Event] = []
-        first = 0
-        scored = len(sampled) - sum(work.num_scored for work in works)
-        states = iter(hidden)
+        tokens, scores, states = iter(sampled), iter(scored), iter(hidden)
         for work in works:
             sequence = work.sequence
             num_events = len(events)
             if work.num_scored:
-                sequence.add_prompt_logprobs(sampled[scored : scored + work.num_scored])
-                scored += work.num_scored
+                sequence.add_prompt_logprobs(list(islice(scores, work.num_scored)))
             if sequence.pooling is not None:
                 sequence.add_hidden(next(states))
             samples = work.samples
             sequence.num_computed += work.num_tokens
             if work.draft:
-                end = first + 1 + len(work.draft)
-                events += self._verify(sequence, work.draft, sampled[first:end])
-                first = end
+                events += self._verify(sequence, work.draft, list(islice(tokens, 1 + len(work.draft))))
             elif samples:
-                events.append(sequence.advance(sampled[first]))
-                first += 1
+                events.append(sequence.advance(next(tokens)))
             elif not sequence.behind:
                 events.append(sequence.complete())
             self._register(sequence)
@@ -165,6 +169,8 @@ class Scheduler:
     def _add_prefill(self, works: list[Work], max_sequences: int) -> None:
         """Give what the step has left to those that are further behind, and to new ones while there are places."""
         prompts = [sequence for sequence in self.running if sequence.behind > 1]
+        if not (prompts or self.waiting):
+            return
         left = self.max_batch_tokens - len(works)
         # A prompt of one step is over at once; cut small, it would only cost more.
         left_of_long = self.prefill_budget.tokens(len(works)) if works else left
@@ -241,6 +247,8 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, count: int) -> bool:
         """Make sure of blocks for the next ``count`` tokens; False when the sequence itself had to give way."""
         missing = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        if missing <= 0:
+            return True
         while missing > self.pool.available:
             last = self.running.pop()
             self._free(last)
@@ -248,8 +256,7 @@ class Scheduler:
             self.num_preemptions += 1
             if last is sequence:
                 return False
-        if missing > 0:
-            sequence.blocks.extend(self.pool.allocate(missing))
+        sequence.blocks.extend(self.pool.allocate(missing))
         return True
 
     def _register(self, sequence: Sequence) -> None:

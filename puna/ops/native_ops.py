@@ -244,8 +244,10 @@ class NativeOps:
         return self._linears(x, weights, list(biases) if biases else [None] * len(weights), None)
 
     def rope_angles(self, positions: NDArray[np.int32], inverse_frequencies: Floats, scale: float) -> Angles:
-        angles = positions[:, None].astype(np.float32) * inverse_frequencies
-        return np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
+        shape = (len(positions), inverse_frequencies.shape[-1])
+        cosines, sines = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        self._native.rope_angles(positions, inverse_frequencies, scale, cosines, sines)
+        return cosines, sines
 
     def rope(self, x: Floats, angles: Angles) -> Floats:
         self._native.rope(x, *angles)
@@ -267,7 +269,7 @@ class NativeOps:
         return x[index]
 
     def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> list[Sampled]:
-        return [Sampled(*chosen) for chosen in self._native.sample(logits, rows)]
+        return list(map(Sampled._make, self._native.sample(logits, rows)))
 
     def to_host(self, x: Floats) -> Floats:
         return x
@@ -326,8 +328,6 @@ class _Compiled:
         if traced is None:
             eager: Floats = self._forward(self._ops.for_batch(batch), batch, kv)
             return eager
-        angles = traced.angles
-        cosines, sines = self._ops.rope_angles(batch.positions, angles.inverse_frequencies, angles.scale)
         rows = len(batch.logit_rows if traced.of_logit_rows else batch.tokens)
         result = np.empty((rows, traced.columns), np.float32)
         self._ops._native.run(
@@ -339,8 +339,6 @@ class _Compiled:
             batch.seq_starts,
             batch.block_tables,
             batch.logit_rows,
-            cosines,
-            sines,
             batch.adapters,
             result,
         )

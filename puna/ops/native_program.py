@@ -33,14 +33,6 @@ class Value:
     of_logit_rows: bool = False
 
 
-@dataclass(frozen=True)
-class Angles:
-    """The one set of rotary angles of a step."""
-
-    inverse_frequencies: Floats
-    scale: float
-
-
 @dataclass
 class Call:
     """One op call. ``reads`` and ``writes`` are the values whose buffers it needs at the same time."""
@@ -58,7 +50,6 @@ class Tracer:
 
     def __init__(self, batch: Batch, kv: KVCache, panels: Callable[[Any], Any]) -> None:
         self.calls: list[Call] = []
-        self.angles: Angles | None = None
         self._batch, self._kv, self._panels = batch, kv, panels
         self._count = 0
 
@@ -80,15 +71,19 @@ class Tracer:
     def linears(self, x: Value, weights: Sequence[Any], biases: Sequence[Floats | None] | None = None) -> list[Value]:
         return self._linears(x, weights, list(biases) if biases else [None] * len(weights), None)
 
-    def rope_angles(self, positions: Any, inverse_frequencies: Floats, scale: float) -> Angles:
-        angles = Angles(inverse_frequencies, scale)
-        self._expect(positions is self._batch.positions and inverse_frequencies.ndim == 1 and self.angles is None)
-        self.angles = angles
-        return angles
+    def rope_angles(self, positions: Any, inverse_frequencies: Floats, scale: float) -> tuple[Value, Value]:
+        self._expect(positions is self._batch.positions and inverse_frequencies.ndim == 1)
+        cosines, sines = self._new(len(inverse_frequencies)), self._new(len(inverse_frequencies))
 
-    def rope(self, x: Value, angles: Angles) -> Value:
-        self._expect(angles is self.angles)
-        self._call("rope", [x], [x], lambda program, at: program.rope(at(x)))
+        def emit(program: Any, at: Callable[[Value], int]) -> None:
+            program.rope_angles(inverse_frequencies, scale, at(cosines), at(sines))
+
+        self._call("rope_angles", [], [cosines, sines], emit)
+        return cosines, sines
+
+    def rope(self, x: Value, angles: tuple[Value, Value]) -> Value:
+        cosines, sines = angles
+        self._call("rope", [x, cosines, sines], [x], lambda program, at: program.rope(at(x), at(cosines), at(sines)))
         return x
 
     def attend(self, q: Value, k: Value, v: Value, kv: KVCache, layer: int, batch: Batch) -> Value:
@@ -139,10 +134,9 @@ class Tracer:
 
 @dataclass(frozen=True)
 class Traced:
-    """A forward as a native program, and the angles that each call needs."""
+    """A forward as a native program, and the shape of its result."""
 
     program: Any
-    angles: Angles
     columns: int
     of_logit_rows: bool
 
@@ -154,13 +148,13 @@ def trace(forward: Forward, batch: Batch, kv: KVCache, panels: Callable[[Any], A
         result = forward(tracer, batch, kv)
     except UntraceableError:
         return None
-    if tracer.angles is None or not isinstance(result, Value):
+    if not isinstance(result, Value):
         return None
     numbers, buffers = _place(tracer.calls, result)
     program = _native.Program(buffers, numbers[result])
     for call in tracer.calls:
         call.emit(program, numbers.__getitem__)
-    return Traced(program, tracer.angles, result.columns, result.of_logit_rows)
+    return Traced(program, result.columns, result.of_logit_rows)
 
 
 def _place(calls: Sequence[Call], result: Value) -> tuple[dict[Value, int], list[tuple[int, bool]]]:

@@ -8,8 +8,8 @@ elsewhere).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +51,7 @@ class KVCache(Protocol):
     block_size: int
 
 
-@dataclass(frozen=True)
-class SamplingRow:
+class SamplingRow(NamedTuple):
     """How to choose the next token of one row of logits.
 
     Applied in this order, as transformers' logits processors do: ``repeat_penalty`` (Keskar et al. 2019),
@@ -60,8 +59,8 @@ class SamplingRow:
     ``temperature``, ``top_k`` (0: off), ``top_p``, ``min_p``, ``typical_p``; then the token at cumulative probability
     ``uniform`` in [0, 1), tokens taken in order of their ids. Temperature 0 takes the most probable token (ties: the
     lowest id). ``allowed`` is a bit mask, uint32[ceil(V / 32)], bit i % 32 of word i // 32 set when token i may
-    be chosen. ``top_logprobs`` asks for that many of the most probable tokens, from the raw logits (before any of the
-    above).
+    be chosen. ``logprob`` asks for the chosen token's log probability, ``top_logprobs`` for that and for that many of
+    the most probable tokens, all from the raw logits (before any of the above).
     """
 
     temperature: float = 0.0
@@ -72,19 +71,19 @@ class SamplingRow:
     repeat_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    history: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    bias: dict[int, float] = field(default_factory=dict)
+    history: NDArray[np.int32] | None = None
+    bias: dict[int, float] | None = None
     allowed: NDArray[np.uint32] | None = None
     uniform: float = 0.0
+    logprob: bool = True
     top_logprobs: int = 0
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """A chosen token, its log probability under the raw logits, and the most probable tokens where asked for."""
+class Sampled(NamedTuple):
+    """A chosen token, its log probability under the raw logits and the most probable tokens, where asked for."""
 
     token: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
 
 

@@ -37,6 +37,8 @@ def _sample_row(raw: NDArray[np.float32], row: SamplingRow) -> Sampled:
         cumulative = np.cumsum(weights[order])
         chosen = np.searchsorted(cumulative, row.uniform * cumulative[-1], side="right")
         token = int(ids[order[min(chosen, len(ids) - 1)]])
+    if not (row.logprob or row.top_logprobs > 0):
+        return Sampled(token, None, [])
     logprobs = np.maximum(raw.astype(np.float64) - _log_sum_exp(raw), -float(LARGEST))
     order = np.argsort(-raw, kind="stable")[: row.top_logprobs]
     top = [(int(i), float(logprobs[i])) for i in order if raw[i] > -np.inf]
@@ -46,14 +48,14 @@ def _sample_row(raw: NDArray[np.float32], row: SamplingRow) -> Sampled:
 def adjust_logits(raw: NDArray[np.float32], row: SamplingRow) -> NDArray[np.float32]:
     """Penalties, bias and the mask of allowed tokens: float32[V] -> float32[V], disallowed tokens at -inf."""
     x: NDArray[np.float32] = raw.copy()
-    history = row.history[(row.history >= 0) & (row.history < len(x))]
-    seen, counts = np.unique(history, return_counts=True)
+    history = np.empty(0, np.int32) if row.history is None else row.history
+    seen, counts = np.unique(history[(history >= 0) & (history < len(x))], return_counts=True)
     repeat = np.float32(row.repeat_penalty)
     x[seen] = np.where(x[seen] < 0, x[seen] * repeat, x[seen] / repeat)
     x[seen] = (x[seen] - float(np.float32(row.frequency_penalty)) * counts) - float(np.float32(row.presence_penalty))
     x[seen] = _finite(x[seen])
-    biased = [token for token in row.bias if 0 <= token < len(x)]
-    x[biased] = _finite(x[biased] + np.array([row.bias[token] for token in biased], np.float32))
+    bias = {token: value for token, value in (row.bias or {}).items() if 0 <= token < len(x)}
+    x[list(bias)] = _finite(x[list(bias)] + np.array(list(bias.values()), np.float32))
     if row.allowed is not None:
         bits = np.unpackbits(row.allowed.astype("<u4").view(np.uint8), bitorder="little")
         x[bits[: len(x)] == 0] = -np.inf

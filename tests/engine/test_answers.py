@@ -19,7 +19,7 @@ class TestEnds:
         engine = make_engine()
         full = expected_greedy(PROMPT, 12)
         end = full.index(full[5])
-        stream = engine.submit(Request(PROMPT, greedy(), eos_ids=[full[5]]))
+        stream = engine.submit(Request(PROMPT, greedy(logprobs=True), eos_ids=[full[5]]))
         events = list(stream)
         assert tokens_of(events) == full[:end]
         assert (events[-1].token, events[-1].stop_id, events[-1].finish_reason) == (None, full[5], "stop")

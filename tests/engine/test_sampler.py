@@ -44,7 +44,7 @@ def test_neighbouring_seeds_are_unrelated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "expected"), [(0, []), (1, [9]), (3, [7, 8, 9]), (64, [5, 6, 7, 8, 9]), (-1, [5, 6, 7, 8, 9])]
+    ("window", "expected"), [(1, [9]), (3, [7, 8, 9]), (64, [5, 6, 7, 8, 9]), (-1, [5, 6, 7, 8, 9])]
 )
 @pytest.mark.parametrize("penalty", [{"repeat_penalty": 1.1}, {"presence_penalty": 1}, {"frequency_penalty": -1}])
 def test_the_history_goes_back_into_the_prompt(window: int, expected: list[int], penalty: dict[str, float]) -> None:
@@ -54,7 +54,8 @@ def test_the_history_goes_back_into_the_prompt(window: int, expected: list[int],
 
 
 def test_without_penalties_there_is_no_history() -> None:
-    assert len(row(repeat_last_n=-1).history) == 0
+    assert row(repeat_last_n=-1).history is None
+    assert row(repeat_last_n=0, repeat_penalty=1.1).history is None
 
 
 def test_the_history_is_a_copy() -> None:

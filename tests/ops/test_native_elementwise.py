@@ -52,6 +52,24 @@ def test_rope_is_a_complex_multiplication(ops, heads, head_dim):
     np.testing.assert_allclose(x, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("half", [1, 3, 16, 37, 64])
+@pytest.mark.parametrize("every_token", [False, True])
+def test_rope_angles_are_exact_to_float32(ops, half, every_token):
+    rng = np.random.default_rng(half)
+    positions = np.concatenate([[0, 1, 2, 3, 2**24 + 1, 2**31 - 1], rng.integers(0, 2**20, 300)]).astype(np.int32)
+    frequencies = rng.uniform(0, 1, (len(positions), half) if every_token else half).astype(np.float32)
+    frequencies[..., 0] = 1
+    angles = (positions[:, None].astype(np.float32) * frequencies).astype(np.longdouble)
+    cosines, sines = np.full(angles.shape, np.nan, np.float32), np.full(angles.shape, np.nan, np.float32)
+    ops.rope_angles(positions, frequencies, 1.0, cosines, sines)
+    np.testing.assert_allclose(cosines, np.cos(angles).astype(np.float64), rtol=0, atol=6e-8)
+    np.testing.assert_allclose(sines, np.sin(angles).astype(np.float64), rtol=0, atol=6e-8)
+    scaled = np.empty_like(cosines), np.empty_like(sines)
+    ops.rope_angles(positions, frequencies, 1.25, *scaled)
+    assert np.array_equal(scaled[0], cosines * np.float32(1.25))
+    assert np.array_equal(scaled[1], sines * np.float32(1.25))
+
+
 @pytest.mark.parametrize("columns", SIZES)
 def test_swiglu(ops, columns):
     rng = np.random.default_rng(columns)
@@ -77,6 +95,10 @@ def test_wrong_shapes_are_refused(ops):
         ops.rms_norm(x, np.zeros(7, np.float32), 1e-5, x)
     with pytest.raises(ValueError, match="rope"):
         ops.rope(x, np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32))
+    angles = np.zeros((2, 4), np.float32)
+    for frequencies in (np.zeros(3, np.float32), np.zeros((3, 4), np.float32), np.zeros((1, 2, 4), np.float32)):
+        with pytest.raises(ValueError, match="rope_angles"):
+            ops.rope_angles(np.zeros(2, np.int32), frequencies, 1.0, angles, angles.copy())
     with pytest.raises(ValueError, match="swiglu"):
         ops.swiglu(x, x, np.zeros((2, 7), np.float32))
 

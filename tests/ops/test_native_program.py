@@ -134,10 +134,14 @@ def test_wrong_operands_are_refused() -> None:
         lambda: program.rows(1, 2),
         lambda: program.swiglu(0, 1, 0),
         lambda: program.embed(8, np.zeros((4, 35), np.uint8), 1),
-        lambda: program.rope(2),
+        lambda: program.rope(2, 0, 1),
+        lambda: program.rope(0, 1, 0),
+        lambda: program.rope(1, 0, 0),
+        lambda: program.rope_angles(weight[:3], 1.0, 0, 1),
+        lambda: program.rope_angles(weight, 1.0, 0, 0),
         lambda: program.attend(0, 0, 1, 1, 1),
     ):
-        with pytest.raises(ValueError, match=r"agree|columns|buffer|row"):
+        with pytest.raises(ValueError, match=r"agree|columns|buffer|row|half a head"):
             call()
     with pytest.raises(IndexError):
-        program.rope(7)
+        program.rope(7, 1, 1)

@@ -5,7 +5,6 @@ a token beside it may be given.
 """
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def may_be_chosen(token, raw, row):
     """Whether the specification gives this token to some uniform and top_p within ROUNDING of the row's."""
     with np.errstate(all="ignore"):
         for top_p in {row.top_p, row.top_p * (1 - ROUNDING), row.top_p + (1 - row.top_p) * ROUNDING}:
-            ids, weights = _candidates(adjust_logits(_finite(raw), row), replace(row, top_p=top_p))
+            ids, weights = _candidates(adjust_logits(_finite(raw), row), row._replace(top_p=top_p))
             order = np.argsort(ids)
             ends = np.cumsum(weights[order]) / weights.sum()
             (place,) = np.flatnonzero(ids[order] == token) if token in ids else (None,)
@@ -132,10 +131,13 @@ def test_real_vocabularies(row, spread):
     allowed = rng.integers(0, 2**32, 49152 // 32, np.uint32)
     few = np.zeros_like(allowed)
     few[::50] = 7
-    rows = [replace(row, uniform=u, allowed={4: allowed, 5: few, 8: allowed}.get(i)) for i, u in enumerate(uniforms)]
-    rows[9] = replace(rows[9], bias={40000: 300.0, 7: -math.inf})  # what was summed before is nothing beside it
-    rows[10] = replace(rows[10], bias=dict.fromkeys(np.argsort(-logits[10])[:70].tolist(), -math.inf))
+    rows = [row._replace(uniform=u, allowed={4: allowed, 5: few, 8: allowed}.get(i)) for i, u in enumerate(uniforms)]
+    rows[9] = rows[9]._replace(bias={40000: 300.0, 7: -math.inf})  # what was summed before is nothing beside it
+    rows[10] = rows[10]._replace(bias=dict.fromkeys(np.argsort(-logits[10])[:70].tolist(), -math.inf))
     assert assert_same(logits, rows) > 0.7  # of the uniforms, two are at a boundary by choice
+    for isa in SETS:  # the choice does not depend on what is told of it
+        silent = native_rows(isa, logits, [row._replace(logprob=False, top_logprobs=0) for row in rows])
+        assert silent == [Sampled(chosen.token, None, []) for chosen in native_rows(isa, logits, rows)]
 
 
 def test_the_last_uniform_takes_the_last_token_that_is_left():

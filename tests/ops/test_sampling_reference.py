@@ -1,7 +1,6 @@
 """The sampling specification against transformers' logits processors and against cases worked out by hand."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ def one(logits, **row):
 
 def frequencies(logits, row):
     """How often each token is chosen over an even grid of uniforms."""
-    rows = [replace(row, uniform=float(u)) for u in UNIFORMS]
+    rows = [row._replace(uniform=float(u)) for u in UNIFORMS]
     tokens = [s.token for s in sample_rows(np.broadcast_to(logits, (len(rows), len(logits))), rows)]
     return np.bincount(tokens, minlength=len(logits)) / len(tokens)
 
@@ -28,7 +27,7 @@ def frequencies(logits, row):
 def transformers_probabilities(logits, row):
     """The same filters by transformers, in float64."""
     scores = torch.from_numpy(logits.astype(np.float64))[None]
-    history = torch.from_numpy(row.history.astype(np.int64))[None]
+    history = torch.from_numpy(np.asarray([] if row.history is None else row.history, np.int64))[None]
     if row.repeat_penalty != 1:
         scores = hf.RepetitionPenaltyLogitsProcessor(row.repeat_penalty)(history, scores)
     filters = [hf.TemperatureLogitsWarper(row.temperature)]
@@ -62,7 +61,7 @@ def transformers_probabilities(logits, row):
         SamplingRow(temperature=0.8, repeat_penalty=0.7, top_k=20, history=np.array([0, 1, 2, 8], np.int32)),
     ],
     ids=lambda row: "-".join(
-        f"{k}={v}" for k, v in vars(row).items() if isinstance(v, int | float) and v != getattr(SamplingRow(), k)
+        f"{k}={v}" for k, v in row._asdict().items() if isinstance(v, int | float) and v != getattr(SamplingRow(), k)
     ),
 )
 @pytest.mark.parametrize("seed", range(3))
@@ -167,3 +166,9 @@ def test_log_probabilities_are_those_of_the_raw_logits():
 
 def test_top_log_probabilities_leave_out_impossible_tokens():
     assert [i for i, _ in one([math.nan, 1, -math.inf, 1], top_logprobs=4).top] == [1, 3]
+
+
+def test_log_probabilities_only_where_asked_for():
+    assert (one([0, 2, 1]).token, one([0, 2, 1], logprob=False)) == (1, (1, None, []))
+    asked = one([0, 2, 1], logprob=False, top_logprobs=1)
+    assert asked.top == [(1, asked.logprob)]
