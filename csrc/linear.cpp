@@ -23,6 +23,15 @@ int64_t panel_bytes(const LinearTarget& target, int64_t columns) {
   return columns / size->block_columns * size->block_bytes;
 }
 
+// Asks for the lines that `store_tile` will touch, so that they are there when the tile is done.
+void prefetch_outputs(const LinearTarget& target, int64_t first_token, int count, int64_t panel) {
+  for (int m = 0; m < count; m++) {
+    const int64_t at = (first_token + m) * target.rows + panel * kPanelRows;
+    __builtin_prefetch(target.out + at, 1);
+    if (target.residual) __builtin_prefetch(target.residual + at);
+  }
+}
+
 // out = tile + bias + residual, for the rows of one panel and `count` tokens.
 void store_tile(const LinearTarget& target, const float* tile, int64_t first_token, int count, int64_t panel) {
   const int64_t first_row = panel * kPanelRows;
@@ -76,6 +85,7 @@ void linears(ThreadPool& pool, const float* x, int64_t tokens, int64_t columns, 
       const uint8_t* packed = target->packed + panel * panel_bytes(*target, columns);
       const int64_t first = item / panels * block;
       for (int64_t i = first; i < first + block && i < activations.tiles(); i++) {
+        prefetch_outputs(*target, i * kMostTokens, activations.tokens(i), panel);
         type.kernels[activations.width_index(i)](packed, activations.tile(i), columns, out);
         store_tile(*target, out, i * kMostTokens, activations.tokens(i), panel);
       }

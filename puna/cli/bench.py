@@ -110,7 +110,7 @@ def _measure(
     started = time.perf_counter()
     llm = LLM.load(model, context_length=context, **load_options)
     load_seconds = time.perf_counter() - started
-    _prefill_seconds(llm, max(1, min(prompt_tokens, 32)), "warm up")  # touch every weight once
+    _prefill_seconds(llm, max(1, prompt_tokens), "warm up")  # touches weights, cache and working memory, as llama-bench
     prefill = [_prefill_seconds(llm, prompt_tokens, f"prefill {run}") for run in range(runs if prompt_tokens else 0)]
     decode = [_decode(llm, gen_tokens, depth, parallel, f"decode {run}") for run in range(runs if gen_tokens else 0)]
     return {
