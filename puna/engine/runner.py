@@ -75,14 +75,16 @@ class Runner:
     ) -> None:
         self.model = model
         self._kv = kv
-        self._tokens = np.zeros(max_batch_tokens, np.int32)
-        self._positions = np.zeros(max_batch_tokens, np.int32)
-        self._slots = np.zeros(max_batch_tokens, np.int32)
-        self._logit_rows = np.zeros(max_batch_tokens, np.int32)
-        self._seq_starts = np.zeros(max_sequences + 1, np.int32)
-        self._context_lens = np.zeros(max_sequences, np.int32)
-        self._block_tables = np.zeros((max_sequences, max_blocks), np.int32)
-        self._adapters = np.zeros(max_sequences, np.int32)
+        self._max_blocks = max_blocks
+        # Written number by number while sequences decode: several times faster than numpy's arrays, which view them.
+        self._tokens = _zeros(max_batch_tokens)
+        self._positions = _zeros(max_batch_tokens)
+        self._slots = _zeros(max_batch_tokens)
+        self._logit_rows = _zeros(max_batch_tokens)
+        self._seq_starts = _zeros(max_sequences + 1)
+        self._context_lens = _zeros(max_sequences)
+        self._block_tables = _zeros(max_sequences * max_blocks)
+        self._adapters = _zeros(max_sequences)
         self._last: tuple[tuple[int, int, int, bool], Batch] | None = None
 
     def run(self, works: Sequence[Part], rows: Sequence[SamplingRow]) -> list[Sampled]:
@@ -108,47 +110,58 @@ class Runner:
             count = work.num_tokens + len(draft)
             start, end = end, end + count
             first = sequence.num_computed
-            if count == 1:  # the usual case: plain numbers are several times faster than arrays of length one
+            if count == 1:
                 self._tokens[start] = sequence.tokens[first]
                 self._positions[start] = first
                 self._slots[start] = sequence.blocks[first // size] * size + first % size
             else:
                 positions = np.arange(first, first + count, dtype=np.int32)
-                self._tokens[start : end - len(draft)] = sequence.tokens[first : first + work.num_tokens]
-                self._tokens[end - len(draft) : end] = draft
-                self._positions[start:end] = positions
                 blocks = np.array(sequence.blocks, np.int32)
-                self._slots[start:end] = blocks[positions // size] * size + positions % size
-            self._block_tables[s, : len(sequence.blocks)] = sequence.blocks
+                self._tokens[start : end - len(draft)] = sequence.tokens[first : first + work.num_tokens]
+                if draft:
+                    self._tokens[end - len(draft) : end] = array("i", draft)
+                _view(self._positions)[start:end] = positions
+                _view(self._slots)[start:end] = blocks[positions // size] * size + positions % size
+            table = s * self._max_blocks
+            self._block_tables[table : table + len(sequence.blocks)] = sequence.blocks
             self._seq_starts[s + 1] = end
             self._context_lens[s] = first + count
             self._adapters[s] = sequence.adapter
             adapted = adapted or sequence.adapter >= 0
             if draft:
-                self._logit_rows[num_rows : num_rows + 1 + len(draft)] = range(end - 1 - len(draft), end)
-                num_rows += 1 + len(draft)
+                num_rows = self._add_rows(num_rows, end - 1 - len(draft), 1 + len(draft))
             elif work.samples:
                 self._logit_rows[num_rows] = end - 1
                 num_rows += 1
-        n = len(works)
         for s, work in enumerate(works):
             if work.num_scored:
-                start = self._seq_starts[s]
-                self._logit_rows[num_rows : num_rows + work.num_scored] = range(start, start + work.num_scored)
-                num_rows += work.num_scored
-        shape = n, end, num_rows, adapted
+                num_rows = self._add_rows(num_rows, self._seq_starts[s], work.num_scored)
+        shape = len(works), end, num_rows, adapted
         if self._last is None or self._last[0] != shape:  # while sequences decode, each step has the shape of the last
             self._last = shape, self._views(*shape)
         return self._last[1]
 
+    def _add_rows(self, num_rows: int, first: int, count: int) -> int:
+        """Ask for the logits of some tokens. Returns the number of rows then."""
+        self._logit_rows[num_rows : num_rows + count] = array("i", range(first, first + count))
+        return num_rows + count
+
     def _views(self, n: int, end: int, num_rows: int, adapted: bool) -> Batch:
         return Batch(
-            tokens=self._tokens[:end],
-            positions=self._positions[:end],
-            seq_starts=self._seq_starts[: n + 1],
-            slots=self._slots[:end],
-            block_tables=self._block_tables[:n],
-            context_lens=self._context_lens[:n],
-            logit_rows=self._logit_rows[:num_rows],
-            adapters=self._adapters[:n] if adapted else None,
+            tokens=_view(self._tokens)[:end],
+            positions=_view(self._positions)[:end],
+            seq_starts=_view(self._seq_starts)[: n + 1],
+            slots=_view(self._slots)[:end],
+            block_tables=_view(self._block_tables).reshape(-1, self._max_blocks)[:n],
+            context_lens=_view(self._context_lens)[:n],
+            logit_rows=_view(self._logit_rows)[:num_rows],
+            adapters=_view(self._adapters)[:n] if adapted else None,
         )
+
+
+def _zeros(count: int) -> array[int]:
+    return array("i", bytes(4 * count))
+
+
+def _view(numbers: array[int]) -> NDArray[np.int32]:
+    return np.frombuffer(numbers, np.int32)
