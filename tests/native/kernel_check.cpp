@@ -108,6 +108,18 @@ Floats rms_norm(const Kernels& kernels, ThreadPool& pool, Cases& cases) {
   return out;
 }
 
+// The cosines, then the sines.
+Floats rope_angles(const Kernels& kernels, ThreadPool& pool, Cases& cases) {
+  const int tokens = cases.number(), half = cases.number();
+  const float scale = cases.real();
+  const std::vector<int32_t> positions = cases.array<int32_t>(tokens);
+  const Floats frequencies = cases.array<float>(half);
+  const int64_t count = int64_t(tokens) * half;
+  Floats out(size_t(2 * count));
+  kernels.rope_angles(pool, positions.data(), frequencies.data(), 0, scale, tokens, half, out.data(), out.data() + count);
+  return out;
+}
+
 Floats rope(const Kernels& kernels, ThreadPool& pool, Cases& cases) {
   const int tokens = cases.number(), heads = cases.number(), head_dim = cases.number();
   const int64_t angles = int64_t(tokens) * head_dim / 2;
@@ -182,7 +194,7 @@ Floats sample(const Kernels& kernels, ThreadPool& pool, Cases& cases) {
 }
 
 using Operation = Floats (*)(const Kernels&, ThreadPool&, Cases&);
-constexpr Operation kOperations[] = {linear, decode_rows, rms_norm, rope, swiglu, attend, sample, low_rank};
+constexpr Operation kOperations[] = {linear, decode_rows, rms_norm, rope, swiglu, attend, sample, low_rank, rope_angles};
 
 void run(const Kernels& kernels, const char* cases_path, const char* results_path) {
   Cases cases(cases_path);

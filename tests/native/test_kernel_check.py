@@ -23,7 +23,7 @@ from puna.tensor import QUANT_TYPES, Weight
 
 ROOT = Path(__file__).resolve().parents[2]
 ISAS = ("neon", "portable")
-LINEAR, DECODE_ROWS, RMS_NORM, ROPE, SWIGLU, ATTEND, SAMPLE, LOW_RANK = range(8)  # kOperations of kernel_check.cpp
+LINEAR, DECODE_ROWS, RMS_NORM, ROPE, SWIGLU, ATTEND, SAMPLE, LOW_RANK, ROPE_ANGLES = range(9)  # as kOperations
 ARM = [
     "-DCMAKE_SYSTEM_NAME=Linux",
     "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
@@ -125,6 +125,12 @@ def elementwise_cases() -> list[Case]:
         turned = (first + 1j * second) * (cosines + 1j * sines.astype(np.float64))[:, None]
         data = ints(ROPE, 5, heads, head_dim) + x.tobytes() + cosines.tobytes() + sines.tobytes()
         cases.append(Case(data, np.concatenate([turned.real, turned.imag], axis=-1), 2e-6))
+    positions = np.array([0, 1, 2, 3, 131071, 2**24 + 1, 2**31 - 1], np.int32)
+    for half in (1, 5, 32):
+        frequencies, scale = np.geomspace(1, 1e-4, half, dtype=np.float32), np.float32(1.25)
+        angles = (positions[:, None].astype(np.float32) * frequencies).astype(np.longdouble)
+        data = ints(ROPE_ANGLES, len(positions), half) + scale.tobytes() + positions.tobytes() + frequencies.tobytes()
+        cases.append(Case(data, np.stack([np.cos(angles), np.sin(angles)]).astype(np.float64) * scale, 2e-7))
     return cases
 
 
