@@ -24,19 +24,16 @@ SCORING_COST = 8  # tokens of the step for each prompt token that is scored
 class Work(NamedTuple):
     """One sequence's part of a step: its next ``num_tokens`` tokens, and after them a draft of what may follow.
 
-    Only a work that samples has a draft. It samples one token, and one more after each token of the draft. The tokens
-    after the first ``num_scored`` are of the prompt, and their log probabilities are wanted.
+    ``samples``: the sequence has caught up after this step, so that its next token can be sampled. Only then is there a
+    draft, and one more token is sampled after each of its tokens. The tokens after the first ``num_scored`` are of the
+    prompt, and their log probabilities are wanted.
     """
 
     sequence: Sequence
     num_tokens: int
+    samples: bool
     draft: SequenceOf[int] = ()
     num_scored: int = 0
-
-    @property
-    def samples(self) -> bool:
-        """Whether the sequence has caught up after this step, so that its next token can be sampled."""
-        return self.num_tokens == self.sequence.behind and self.sequence.wants_token
 
 
 class Scheduler:
@@ -106,11 +103,10 @@ class Scheduler:
                 sequence.add_prompt_logprobs(list(islice(scores, work.num_scored)))
             if sequence.pooling is not None:
                 sequence.add_hidden(next(states))
-            samples = work.samples
             sequence.num_computed += work.num_tokens
             if work.draft:
                 events += self._verify(sequence, work.draft, list(islice(tokens, 1 + len(work.draft))))
-            elif samples:
+            elif work.samples:
                 events.append(sequence.advance(next(tokens)))
             elif not sequence.behind:
                 events.append(sequence.complete())
@@ -209,7 +205,8 @@ class Scheduler:
         num_scored = 0
         if sequence.scores_prompt:
             num_scored = min(num_tokens, sequence.num_prompt - 1 - sequence.num_computed)
-        return Work(sequence, num_tokens, num_scored=num_scored)
+        samples = sequence.wants_token and num_tokens == sequence.behind
+        return Work(sequence, num_tokens, samples, num_scored=num_scored)
 
     def _admit(self, sequence: Sequence) -> bool | None:
         """Move a sequence from those that wait to those that run. False when there are not blocks enough for it,

@@ -187,7 +187,8 @@ class Sequence:
         token = sampled.token
         if token < 0:
             return self.end("error", NO_TOKEN)
-        self._mark_token()
+        self.timings.generated_tokens += 1
+        self._mark_computed()
         scores = self._take_prompt_logprobs()
         if token in self._stop_ids:
             return Event(self.id, None, sampled.logprob, sampled.top, "stop", stop_id=token, prompt_logprobs=scores)
@@ -212,10 +213,6 @@ class Sequence:
     def _take_prompt_logprobs(self) -> list[PromptLogprob] | None:
         """For the first event."""
         return self._prompt_logprobs if self._scored and self.num_generated == 0 else None
-
-    def _mark_token(self) -> None:
-        self.timings.generated_tokens += 1
-        self._mark_computed()
 
     def _mark_computed(self) -> None:
         now = time.perf_counter()
