@@ -6,13 +6,16 @@ import hashlib
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from mirror import Mirror
 from running_server import RunningServer
+
+from puna.server.ollama import jobs
+from puna.server.ollama.streaming import Line
 
 
 def digest_of(content: bytes) -> str:
@@ -75,12 +78,23 @@ def test_pull(own: RunningServer, mirror: Mirror) -> None:
     assert httpx.post(own.url + "/api/generate", json=body, timeout=60).status_code == 200
 
 
-def test_a_pull_that_is_left_goes_on_where_it_was(own: RunningServer, mirror: Mirror) -> None:
+def test_a_pull_that_is_left_goes_on_where_it_was(
+    own: RunningServer, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tellers: list[jobs._Teller] = []
+
+    class Teller(jobs._Teller):
+        def __init__(self, describe: Callable[[str], Line]) -> None:
+            super().__init__(describe)
+            tellers.append(self)
+
+    monkeypatch.setattr(jobs, "_Teller", Teller)
     body = {"model": mirror.url, "insecure": True}
     with httpx.stream("POST", own.url + "/api/pull", json=body, timeout=60) as response:
         for line in response.iter_lines():
             if "completed" in json.loads(line):
                 break
+    own.until(lambda service: tellers[0].given_up)
     mirror.gate.set()
     # The abandoned work ends at its next sign of progress, and only then lets go of the file.
     answer = httpx.post(own.url + "/api/pull", json={**body, "stream": False}, timeout=60)
