@@ -18,9 +18,8 @@ class PrefillBudget:
     """
 
     def __init__(self) -> None:
-        self._decode_seconds: defaultdict[int, _Recent] = defaultdict(
-            _Recent
-        )  # of a step that only decodes, by its sequences' magnitude
+        # Of a step that only decodes, by its sequences' magnitude.
+        self._decode_seconds: defaultdict[int, _Recent] = defaultdict(_Recent)
         self._token_seconds = _Recent()  # of one more prompt token in a step
 
     def tokens(self, num_decoding: int) -> int:

@@ -122,6 +122,7 @@ class Runner:
                     self._tokens[end - len(draft) : end] = array("i", draft)
                 _view(self._positions)[start:end] = positions
                 _view(self._slots)[start:end] = blocks[positions // size] * size + positions % size
+            assert len(sequence.blocks) <= self._max_blocks, "a sequence is longer than the context"
             table = s * self._max_blocks
             self._block_tables[table : table + len(sequence.blocks)] = sequence.blocks
             self._seq_starts[s + 1] = end

@@ -11,6 +11,7 @@ import pytest
 from lora_files import write_peft
 from tiny_models import random_adapter
 
+from puna.cli import bench
 from puna.cli.repl import Repl
 from puna.errors import RequestError
 from puna.llm import LLM
@@ -119,6 +120,20 @@ def test_bench_reports_speeds(stored) -> None:
         assert facts[key] > 0
     assert facts["peak_rss_bytes"] > 98_362_432
     assert "tokens/s" in stored(*arguments).out
+
+
+def test_bench_warms_up_with_the_whole_prompt(stored, monkeypatch) -> None:
+    """Else the first run that is timed pays for new memory, which llama-bench's does not."""
+    prompts = []
+    measure = bench._prefill_seconds
+
+    def recorded(llm: LLM, tokens: int, salt: str) -> float:
+        prompts.append(tokens)
+        return measure(llm, tokens, salt)
+
+    monkeypatch.setattr(bench, "_prefill_seconds", recorded)
+    stored("bench", "smollm2", "--prompt-tokens", "40", "--gen-tokens", "0", "--threads", "1", "--runs", "2")
+    assert prompts == [40, 40, 40]
 
 
 @pytest.fixture(scope="module")
